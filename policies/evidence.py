@@ -1,0 +1,77 @@
+"""What a look at a running rollout brings back: counters per version, and comparisons of sampled rows.
+
+Counters are cumulative and mergeable by sum over replicas; their cost does not grow with the traffic.
+All values here are JSON-able, so that the ledger can keep them and any decision can be recomputed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# Log-spaced upper edges from 0.1 ms to 60 s, about 12 % apart: fine enough to resolve a 1.2x change of a quantile.
+LATENCY_EDGES_MS: tuple[float, ...] = tuple(round(0.1 * 1.12**i, 4) for i in range(114))
+# Upper edges of the prediction histogram for scores in [0, 1]; anything beyond falls into the last bucket.
+SCORE_EDGES: tuple[float, ...] = tuple(round(i / 20, 2) for i in range(1, 20))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Cumulative counters of one version over its replicas.
+
+    `requests` that were answered or failed, `errors` among them (5xx, reset, timed out, not connected),
+    `latency` counts per bucket of `LATENCY_EDGES_MS` (one more than edges: the last is beyond them),
+    `scores` counts per bucket of `SCORE_EDGES` (one more than edges).
+    `epoch` names the processes that counted; a change of it means that the counters began anew.
+    """
+
+    requests: int
+    errors: int
+    latency: tuple[int, ...] = ()
+    scores: tuple[int, ...] = ()
+    epoch: str = ""
+
+
+@dataclass(frozen=True)
+class ColumnDrift:
+    """One column compared between two concurrent windows.
+
+    `statistic` is the named `method`'s distance, `p_value` that of the permutation test for the same statistic,
+    `missing_stable` and `missing_candidate` the shares of missing or non-finite values.
+    """
+
+    column: str
+    method: str
+    statistic: float
+    p_value: float
+    missing_stable: float = 0.0
+    missing_candidate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Two concurrent windows of sampled rows compared, `rows_*` rows each, by the drift detector."""
+
+    rows_stable: int
+    rows_candidate: int
+    columns: tuple[ColumnDrift, ...]
+    p_value_max: float  # of the maximum over the columns under permutation; one number for one decision
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The same requests answered by both versions (shadow): how many pairs, and how many answers differed."""
+
+    compared: int
+    differing: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One look. `None` means that the source could not be read, and `problems` says why, by source name."""
+
+    at: float
+    stable: Counts | None
+    candidate: Counts | None
+    drift: Drift | None = None
+    pairs: Pairs | None = None
+    problems: dict[str, str] = field(default_factory=dict)

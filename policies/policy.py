@@ -1,0 +1,327 @@
+"""The policy: what a version must show, how traffic is let onto it, and what happens when it does not.
+
+`parse` turns YAML text into a `Policy` or raises `PolicyError`, which names the line and the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+_DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)$")
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class PolicyError(ValueError):
+    """The policy text cannot be used; the message says where and what would mend it."""
+
+
+def _seconds(value: object) -> object:
+    if isinstance(value, str):
+        match = _DURATION.match(value.strip())
+        if match is None:
+            raise ValueError(f"'{value}' is not a duration; write it like 30s, 5m or 1h")
+        return float(match[1]) * _UNIT_S[match[2]]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError(f"'{value}' has no unit; write it like {value}s, {value}m or {value}h")
+    return value
+
+
+Seconds = Annotated[
+    float,
+    BeforeValidator(_seconds, json_schema_input_type=str),
+    Field(ge=0, allow_inf_nan=False),
+]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Target(_Strict):
+    """Where the versions run."""
+
+    kind: Literal["local"] = "local"
+    hardware: Literal["cpu"] = "cpu"
+    replicas: int = Field(1, ge=1, le=16, description="Model server processes per version.")
+    threads: int = Field(1, ge=1, le=64, description="ONNX Runtime threads per process.")
+
+
+class Prediction(_Strict):
+    """Which number of the model's answer is *the* prediction; by default the last column of the last float output."""
+
+    output: str | None = None
+    column: int = -1
+
+
+class Quality(_Strict):
+    """Not worse than the champion, on the same validation rows, by more than the margin."""
+
+    metric: Literal["roc_auc", "accuracy", "f1", "log_loss", "brier", "mae", "rmse"] = "roc_auc"
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    confidence: Probability = 0.95
+    minimum: float | None = Field(None, description="Absolute bar, also for a first version (for losses: a maximum).")
+
+
+class Validate(_Strict):
+    """What is checked before any traffic."""
+
+    rows: str | None = Field(None, description="Validation rows: a CSV or Parquet file, relative to the policy.")
+    label: str = Field("label", description="The column of the validation rows that holds the truth.")
+    data: str | None = Field(None, description="A Great Expectations suite (JSON or YAML), relative to the policy.")
+    quality: Quality = Quality()
+    slices: tuple[str, ...] = Field((), description="Columns; quality must hold within each of their values.")
+    slice_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
+    slice_rows_min: int = Field(200, ge=20, description="Smaller slices are reported, not judged.")
+    parity_tolerance: Positive = Field(1e-4, description="Largest difference from the training framework's answers.")
+
+
+class Slo(_Strict):
+    """What the version must hold on the target's hardware."""
+
+    latency_ms_p99: Positive | None = None
+    throughput_rps_min: Positive | None = None
+    memory_mb_max: Positive | None = None
+    load_s_max: Positive | None = None
+
+
+class Benchmark(_Strict):
+    """Speed on the target's hardware, through the real model server."""
+
+    slo: Slo = Slo()
+    regression_max: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.5, description="Largest slow-down against the champion: 0.10 is ten percent."
+    )
+    duration: Seconds = 4.0
+
+
+class Shadow(_Strict):
+    """Copies of live requests; the answers are thrown away."""
+
+    share: Share = 1.0
+    length: Seconds = Field(alias="for", gt=0)
+
+
+class Canary(_Strict):
+    """A share of the live traffic."""
+
+    weight: int = Field(ge=1, le=99, description="Percent of the live traffic.")
+    length: Seconds = Field(alias="for", gt=0)
+
+
+class Stage(_Strict):
+    """One step: `shadow:` or `canary:`, never both."""
+
+    shadow: Shadow | None = None
+    canary: Canary | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Stage:
+        if (self.shadow is None) == (self.canary is None):
+            raise ValueError("a stage is either `shadow:` or `canary:`")
+        return self
+
+    @property
+    def name(self) -> str:
+        return f"canary {self.canary.weight} %" if self.canary else f"shadow {round(100 * self.share)} %"
+
+    @property
+    def share(self) -> float:
+        return self.shadow.share if self.shadow else 0.0
+
+    @property
+    def length_s(self) -> float:
+        body = self.canary or self.shadow
+        assert body is not None
+        return body.length
+
+
+class Errors(_Strict):
+    """Does the candidate fail more often?"""
+
+    margin: Positive = Field(0.005, description="Tolerated difference of the error rates: 0.005 is half a point.")
+
+
+class Latency(_Strict):
+    """Are more requests slower than the SLO?"""
+
+    slo_ms: Positive
+    margin: Positive = Field(0.01, description="Tolerated difference of the shares beyond `slo_ms`.")
+
+
+class Drifting(_Strict):
+    """Do its predictions (or what it was asked) differ from the stable version's at the same time?"""
+
+    columns: tuple[str, ...] = Field(("prediction",), min_length=1)
+    method: Literal["wasserstein", "ks", "psi", "jensenshannon", "hellinger"] = "wasserstein"
+    threshold: Positive = Field(0.1, description="Smallest distance that counts as a difference.")
+    rows_min: int = Field(500, ge=100)
+
+
+class Disagreement(_Strict):
+    """Shadow: on the very same requests, how often another answer?"""
+
+    margin: Share = Field(0.05, description="Tolerated share of requests answered otherwise.")
+    tolerance: Positive = Field(0.1, description="Predictions nearer to each other than this count as the same.")
+
+
+class Gates(_Strict):
+    """The questions asked at every look. A gate that is not named is not asked."""
+
+    errors: Errors | None = Errors()
+    latency: Latency | None = None
+    drift: Drifting | None = None
+    disagreement: Disagreement | None = None
+
+
+class Watch(_Strict):
+    """How long a promoted version is watched, with the former one kept warm."""
+
+    length: Seconds = Field(3600.0, alias="for")
+    shadow: Share = Field(0.1, description="Share of the live requests copied to the former version, for comparison.")
+
+
+class RolloutPolicy(_Strict):
+    """How traffic is let onto a version."""
+
+    error_budget: Probability = Field(0.05, description="Chance that a good version is rolled back, over all looks.")
+    first: Literal["direct", "refuse"] = Field(
+        "direct", description="A model's first version has no baseline: let it have all traffic, or refuse it."
+    )
+    on_conflict: Literal["queue", "supersede", "reject"] = "queue"
+    on_exhausted: Literal["rollback", "pause"] = "rollback"
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    gates: Gates = Gates()
+    watch: Watch = Watch()
+    look_every: Seconds = Field(1.0, gt=0)
+    burn_in: Seconds = Field(5.0, description="The first seconds of a new replica do not count as evidence.")
+    patience: Seconds = Field(600.0, description="How long a stage may wait for evidence beyond its length.")
+    grace: Seconds = Field(30.0, description="How long a source of evidence may be down before patience is spent.")
+    pause_max: Seconds = Field(86400.0, gt=0, description="A pause ends by rollback after this long.")
+    lease: Seconds = Field(15.0, gt=0, description="Without renewal for this long, traffic goes back by itself.")
+
+    @model_validator(mode="after")
+    def _order(self) -> RolloutPolicy:
+        weights = [stage.canary.weight for stage in self.stages if stage.canary]
+        if weights != sorted(set(weights)):
+            raise ValueError(f"canary weights must rise from stage to stage, not {weights}")
+        kinds = [stage.canary is not None for stage in self.stages]
+        if kinds != sorted(kinds):
+            raise ValueError("shadow stages come before canary stages")
+        if self.lease < 2 * self.look_every:
+            raise ValueError(f"lease ({self.lease:g}s) must be at least twice look_every ({self.look_every:g}s)")
+        return self
+
+
+class Policy(_Strict):
+    """One policy: the file that a delivery is judged by."""
+
+    name: str = Field(alias="policy", pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    model: str | None = Field(None, description="The registered model it is meant for; any, if absent.")
+    target: Target = Target()
+    prediction: Prediction = Prediction()
+    checks: Validate = Field(Validate(), alias="validate")
+    benchmark: Benchmark = Benchmark()
+    rollout: RolloutPolicy
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the policy's canonical JSON: the same rules have the same digest, however they were written."""
+        body = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(body.encode()).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a policy file (draft 2020-12), for editors and for checks elsewhere."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Policy.model_json_schema(by_alias=True)}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, refusing a key given twice (it would silently keep the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise PolicyError(f"line {key.start_mark.line + 1}: '{key.value}' is given twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse(text: str, source: str = "policy") -> Policy:
+    """The policy written in YAML `text`. Raises `PolicyError` naming `source`, line, offending value and remedy."""
+    try:
+        tree = yaml.compose(text, Loader=_UniqueKeys)
+        data = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader that also refuses duplicates
+    except yaml.YAMLError as exc:
+        raise PolicyError(f"{source}: not YAML: {' '.join(str(exc).split())}") from exc
+    except PolicyError as exc:
+        raise PolicyError(f"{source}, {exc}") from exc
+    if not isinstance(data, dict):
+        raise PolicyError(f"{source}: a policy is a mapping of keys, not {type(data).__name__}")
+    try:
+        return Policy.model_validate(data)
+    except ValidationError as exc:
+        raise PolicyError("\n".join(f"{source}, {_sentence(error, tree)}" for error in exc.errors())) from exc
+
+
+def _sentence(error: Any, tree: yaml.Node | None) -> str:
+    """One pydantic error as `line N: key: what is wrong (what would mend it)`."""
+    path = [str(part) for part in error["loc"]]
+    line = _line(tree, path)
+    where = ".".join(path) or "policy"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        mend = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+        return f"line {line}: unknown key '{where}'; {mend}"
+    if error["type"] == "missing":
+        return f"line {line}: '{where}' is missing"
+    text = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    shown = f" (it is {value!r})" if isinstance(value, (str, int, float, bool)) and str(value) not in text else ""
+    return f"line {line}: '{where}': {text}{shown}"
+
+
+def _line(tree: yaml.Node | None, path: list[str]) -> int:
+    """The line of the deepest node along `path` that is in the document (1-based)."""
+    node, line = tree, 1
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == part), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
+            node = node.value[int(part)]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """The keys that the schema knows at `path`."""
+    model: type[BaseModel] = Policy
+    for part in path:
+        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        if field is None:
+            continue  # an index into a list
+        inner = _model_within(field.annotation)
+        if inner is None:
+            break
+        model = inner
+    return sorted(field.alias or name for name, field in model.model_fields.items())
+
+
+def _model_within(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_within(arg))), None)
