@@ -1,0 +1,313 @@
+"""What the tasks need of the world, as protocols; `infra/` holds an adapter per vendor, `tests/fakes/` a fake per port.
+
+PortError                   could not look, or could not do: worth another try
+├── NotThere                the thing asked for does not exist: another try will not help
+├── Refused                 the other side understood and said no (a stale epoch, another digest)
+└── BadInput                what the user gave cannot be used; the message says what would mend it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from policies.evidence import Counts, Drift, Pairs
+from policies.traffic import Route
+from policies.verdict import GateReport
+
+
+class PortError(Exception):
+    """The other side could not be reached or did not answer as agreed."""
+
+
+class NotThere(PortError):
+    """The thing asked for does not exist."""
+
+
+class Refused(PortError):
+    """The other side understood and said no."""
+
+
+class BadInput(PortError):
+    """What the user gave cannot be used."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of a model: `dtype` in Open Inference Protocol words, `shape` with -1 for free axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model takes and gives."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What somebody hands in: `source` is an `.onnx` file, `models:/name/version` or `runs:/id/path`.
+
+    The files are optional; each is CSV or Parquet. `expected` holds input rows with the training framework's own
+    predictions in the column `prediction`.
+    """
+
+    model: str
+    source: str
+    validation: Path | None = None
+    reference: Path | None = None
+    expected: Path | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version in the registry. `digest` is the SHA-256 of the `.onnx` file's bytes, in hex."""
+
+    model: str
+    version: str
+    digest: str
+    signature: Signature
+    run_id: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A version's files on this machine; `onnx` has been checked against the version's digest."""
+
+    onnx: Path
+    validation: Path | None = None
+    reference: Path | None = None
+    expected: Path | None = None
+
+
+class Registry(Protocol):
+    """The register of models: versions, aliases, tags, and what was measured."""
+
+    def register(self, submission: Submission) -> ModelVersion:
+        """The version with the submission's bytes; a new one only if no version of the model has their digest.
+
+        Raises BadInput for a missing or corrupt file, NotThere for an unknown version or run.
+        """
+
+    def version(self, model: str, version: str) -> ModelVersion:
+        """The version. Raises NotThere."""
+
+    def by_alias(self, model: str, alias: str) -> ModelVersion | None:
+        """The version that the alias names, if any. Raises NotThere for an unknown model."""
+
+    def versions(self, model: str) -> Sequence[ModelVersion]:
+        """All versions of the model, oldest first; none for an unknown model."""
+
+    def fetch(self, version: ModelVersion) -> Bundle:
+        """The version's files, digest checked. Raises Refused if the bytes are not those that were registered."""
+
+    def set_alias(self, model: str, alias: str, version: str | None) -> None:
+        """The alias names the version from now on, or nothing with None. Idempotent."""
+
+    def tag(self, model: str, version: str, tags: Mapping[str, str]) -> None:
+        """The tags are set on the version. Idempotent."""
+
+    def record(self, version: ModelVersion, metrics: Mapping[str, float], files: Sequence[Path] = ()) -> str:
+        """Metrics and files are kept with the version's run; returns a link to it."""
+
+
+class Inspector(Protocol):
+    """Reads a model file without running it."""
+
+    def signature(self, onnx: Path) -> Signature:
+        """What the model takes and gives. Raises BadInput with the reason if it is no sound ONNX model."""
+
+
+@dataclass(frozen=True)
+class ContractBreach:
+    """One expectation that the rows did not meet: which, on which column, and what was seen instead."""
+
+    expectation: str
+    column: str | None
+    seen: str
+
+
+@dataclass(frozen=True)
+class ContractResult:
+    """What the data contract said: `evaluated` expectations on `rows` rows, those that were not met."""
+
+    rows: int
+    evaluated: int
+    breaches: tuple[ContractBreach, ...]
+
+
+class DataContract(Protocol):
+    """Checks rows against a suite of expectations."""
+
+    def check(self, suite: Path, rows: Path) -> ContractResult:
+        """Raises BadInput for a suite or rows that cannot be read, naming the place."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where one replica of one version listens: `unix:/path` or `http://host:port`."""
+
+    model: str
+    version: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a version answered: per row the prediction (NaN where it failed) and, where it did, why."""
+
+    predictions: tuple[float, ...]
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured on a version: latency in milliseconds per request, throughput in requests a second."""
+
+    requests: int
+    failed: int
+    latency_ms: tuple[float, ...]
+    throughput_rps: float
+    memory_mb: float
+    load_s: float
+
+
+class Probe(Protocol):
+    """Asks model servers directly, beside the live traffic."""
+
+    def ask(self, endpoint: Endpoint, rows: Path, label: str | None, limit: int) -> Answers:
+        """The predictions for up to `limit` rows in the file's order. Raises PortError if the server is not there."""
+
+    def race(self, endpoints: Sequence[Endpoint], rows: Path, label: str | None, duration_s: float) -> list[Speed]:
+        """Each endpoint's speed on the same rows, measured interleaved in the same run, `duration_s` in all."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What shall run: a version's bytes, on how many replicas, with what settings."""
+
+    model: str
+    version: str
+    digest: str
+    onnx: Path
+    replicas: int = 1
+    threads: int = 1
+    prediction_output: str | None = None
+    prediction_column: int = -1
+
+
+class Target(Protocol):
+    """Where versions run. Trials are copies beside the live ones; they never get live traffic."""
+
+    def deploy(self, deployment: Deployment, trial: bool = False) -> list[Endpoint]:
+        """The endpoints once every replica is ready. Idempotent. Raises Refused if the server refuses the bytes,
+        PortError if it is not ready in time."""
+
+    def undeploy(self, model: str, version: str, trial: bool = False) -> None:
+        """Drained and gone. Idempotent."""
+
+    def running(self, model: str) -> dict[str, str]:
+        """The versions of the model that run with a ready replica, with the digest of each."""
+
+
+class Router(Protocol):
+    """Holds the route of each model."""
+
+    def apply(self, route: Route) -> None:
+        """In force when this returns. Raises Refused for an epoch older than the route's."""
+
+    def renew(self, model: str, epoch: int) -> None:
+        """The lease begins anew. Raises Refused if that epoch is no longer in force or its lease was lost."""
+
+    def current(self, model: str) -> Route | None:
+        """The route in force, if the model has one."""
+
+
+class Telemetry(Protocol):
+    """Reads what the data plane counted and sampled."""
+
+    def counts(self, model: str, version: str, shadow: bool) -> Counts:
+        """Cumulative counters of the version: of copies with `shadow`, else of live requests. Raises PortError."""
+
+    def drift(
+        self, model: str, stable: str, candidate: str, columns: Sequence[str], method: str, since: float
+    ) -> Drift:
+        """Sampled rows of both versions since the time, compared. Raises PortError; NotThere: too few rows yet."""
+
+    def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:
+        """The requests that both versions answered since the time. Raises PortError."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One event in the ledger. `number` is its place in the whole ledger (and the epoch of what it asked for),
+    `sequence` its place in its rollout."""
+
+    number: int
+    rollout: str
+    sequence: int
+    at: float
+    actor: str
+    kind: str
+    body: Mapping[str, Any]
+    previous_hash: str
+    hash: str
+
+
+class Ledger(Protocol):
+    """The events of all rollouts, append-only. A rollout's state is their fold; nothing else is stored."""
+
+    def append(self, rollout: str, sequence: int, at: float, actor: str, kind: str, body: Mapping[str, Any]) -> Entry:
+        """The entry, once it is durable. Raises Refused if the rollout has an entry of that sequence already
+        (somebody else writes it, too)."""
+
+    def read(self, rollout: str) -> list[Entry]:
+        """The rollout's entries in order; none for an unknown one."""
+
+    def rollouts(self, model: str | None = None, active: bool = False) -> list[str]:
+        """The rollouts, newest first: of one model, or only those not ended."""
+
+    def claim(self, model: str, target: str, rollout: str) -> str:
+        """Makes it the active rollout of the model on the target; returns the active one's id, which is another's
+        if that came first."""
+
+    def release(self, model: str, target: str, rollout: str) -> None:
+        """The rollout is active no more. Idempotent."""
+
+    def quarantine(self, digest: str, reason: str, rollout: str) -> None:
+        """These bytes are not to serve again. Idempotent."""
+
+    def quarantined(self, digest: str) -> str | None:
+        """Why the bytes are in quarantine; None if they are not."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look as it is told to people: time, phase, weights and what each gate said."""
+
+    at: float
+    phase: str
+    weight: int
+    shadow: int
+    reports: tuple[GateReport, ...]
+    stable: Counts | None
+    candidate: Counts | None
+
+
+class Clock(Protocol):
+    """Time, so that tests and the simulation can have their own."""
+
+    def now(self) -> float:
+        """POSIX seconds."""
+
+    def sleep(self, seconds: float) -> None:
+        """Returns that much later."""
