@@ -1,0 +1,548 @@
+"""The rollout machine: `step(state, event) -> (state, effects)`. Pure; time is a field of the event.
+
+    PENDING → SHADOW → CANARY(1..n) → PROMOTING → WATCHING → PROMOTED
+       │         └────────┴──────────────┴───────────┴→ ROLLING_BACK → ROLLED_BACK
+       └→ REFUSED                    PROMOTING, ROLLING_BACK → HALTED (pages a person)
+
+The state is never stored: it is the fold of the rollout's events. What the machine wants done stands in the state
+until an event says that it is done, so that whoever takes over goes on where the last one stopped: `pending` holds
+what the rollout waits for, in order; `outbox` what it does not wait for (aliases, tags, notices), to be retried until
+it is done. An event with no entry in the table is illegal: it raises, and has changed nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from policies.policy import Policy
+from policies.verdict import Verdict
+
+
+class Phase(StrEnum):
+    """Where a rollout stands."""
+
+    PENDING = "pending"
+    SHADOW = "shadow"
+    CANARY = "canary"
+    PROMOTING = "promoting"
+    WATCHING = "watching"
+    PROMOTED = "promoted"
+    ROLLING_BACK = "rolling back"
+    ROLLED_BACK = "rolled back"
+    REFUSED = "refused"
+    HALTED = "halted"
+
+
+ENDED = frozenset({Phase.PROMOTED, Phase.ROLLED_BACK, Phase.REFUSED, Phase.HALTED})
+LIVE = frozenset({Phase.SHADOW, Phase.CANARY, Phase.PROMOTING, Phase.WATCHING})
+LOOKED_AT = frozenset({Phase.SHADOW, Phase.CANARY, Phase.WATCHING})
+
+
+class Do(StrEnum):
+    """The effects that the machine asks for."""
+
+    CHECK = "check"  # validate and benchmark; nothing is live yet
+    DEPLOY = "deploy"  # the candidate runs, without traffic
+    ROUTE = "route"  # the traffic is as said
+    ALIAS = "alias"  # the registry's champion and previous
+    UNDEPLOY = "undeploy"  # a version that is needed no more
+    QUARANTINE = "quarantine"  # these bytes are not to serve again
+    TELL = "tell"  # tags, notices: what became of the version
+    PAGE = "page"  # wake a person
+
+
+AWAITED = frozenset({Do.CHECK, Do.DEPLOY, Do.ROUTE})
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Something to be done, named by the entry that asked for it: doing it twice is doing it once.
+
+    `weight` and `shadow` (percent) belong to ROUTE; `version` to ALIAS and UNDEPLOY, and with ROUTE it is the version
+    that alone gets the traffic; `text` to PAGE and TELL.
+    """
+
+    do: Do
+    asked_by: int
+    weight: int = 0
+    shadow: int = 0
+    version: str | None = None
+    text: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.asked_by}:{self.do}:{self.version or ''}"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One stage as the machine sees it: shares in percent, the least time in seconds."""
+
+    phase: Phase
+    weight: int
+    shadow: int
+    length_s: float
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the policy says that the machine needs; kept in the first event, so that the ledger alone suffices."""
+
+    stops: tuple[Stop, ...]
+    watch_s: float
+    watch_shadow: int
+    patience_s: float
+    grace_s: float
+    pause_max_s: float
+    on_exhausted: str
+    check_s: float = 1800.0
+    effect_s: float = 120.0
+
+
+def terms(policy: Policy) -> Terms:
+    """The machine's part of a policy."""
+    rules = policy.rollout
+    stops = tuple(
+        Stop(
+            phase=Phase.CANARY if stage.canary else Phase.SHADOW,
+            weight=stage.canary.weight if stage.canary else 0,
+            shadow=round(100 * stage.share),
+            length_s=stage.length_s,
+        )
+        for stage in rules.stages
+    )
+    return Terms(
+        stops=stops,
+        watch_s=rules.watch.length,
+        watch_shadow=round(100 * rules.watch.shadow),
+        patience_s=rules.patience,
+        grace_s=rules.grace,
+        pause_max_s=rules.pause_max,
+        on_exhausted=rules.on_exhausted,
+    )
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened, at POSIX time `at`, written as ledger entry `number`."""
+
+    at: float
+    number: int
+
+
+@dataclass(frozen=True)
+class Requested(Event):
+    """Somebody wants the candidate in; `stable` is the proven version that serves now, if any."""
+
+    model: str
+    candidate: str
+    digest: str
+    stable: str | None
+    terms: Terms
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Checked(Event):
+    """The checks before any traffic are through."""
+
+    verdict: Verdict
+    says: str
+
+
+@dataclass(frozen=True)
+class Done(Event):
+    """An effect was carried out."""
+
+    effect: str
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    """An effect could not be carried out. `final`: another try will not help."""
+
+    effect: str
+    error: str
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class Looked(Event):
+    """The gates were asked."""
+
+    verdict: Verdict
+    says: str
+
+
+@dataclass(frozen=True)
+class Ticked(Event):
+    """Time has passed, and it matters (`due`)."""
+
+
+@dataclass(frozen=True)
+class Ordered(Event):
+    """A person (or a newer version) orders: `promote`, `abort`, `pause` or `resume`."""
+
+    order: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Lost(Event):
+    """The holder of the route took the traffic back by itself (the lease ran out), or obeys somebody else now."""
+
+    says: str
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The state of one rollout."""
+
+    model: str
+    candidate: str
+    digest: str
+    stable: str | None
+    terms: Terms
+    phase: Phase
+    stage: int = 0
+    since: float = 0.0  # the phase was entered; for stages: their route came into force
+    paused_at: float | None = None
+    blind_since: float | None = None  # the first of the unbroken looks that could not look
+    verdict: Verdict = Verdict.HOLD
+    pending: tuple[Effect, ...] = ()
+    outbox: tuple[Effect, ...] = ()
+    epoch: int = 0  # of the last change of traffic asked for
+    deployed: bool = False
+    aliased: bool = False
+    unfinished: bool = False  # ended because something could not be done or looked at, not because of a verdict
+    reason: str = ""
+    moved_by: int = 0  # the entry that made the last move from phase to phase, or stage to stage
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in ENDED
+
+    @property
+    def settled(self) -> bool:
+        """Ended, and nothing is left to be done."""
+        return self.ended and not self.pending and not self.outbox
+
+    @property
+    def stop(self) -> Stop:
+        return self.terms.stops[self.stage]
+
+    @property
+    def in_force(self) -> bool:
+        """The traffic is as this phase wants it, so looks count for it."""
+        return self.phase in LOOKED_AT and not self.pending
+
+    @property
+    def label(self) -> str:
+        """For people: `canary 25 %`, `shadow 100 %`, `watching`."""
+        if self.phase is Phase.CANARY:
+            return f"canary {self.stop.weight} %"
+        if self.phase is Phase.SHADOW:
+            return f"shadow {self.stop.shadow} %"
+        return str(self.phase)
+
+
+class Illegal(ValueError):
+    """The event cannot happen in this state. Nothing was changed."""
+
+    def __init__(self, state: Rollout | None, event: Event) -> None:
+        where = state.phase if state else "no rollout"
+        super().__init__(f"{type(event).__name__} is not possible in state '{where}'")
+
+
+def begin(event: Requested) -> Rollout:
+    """The rollout that a request begins."""
+    # Without a stable version there is nothing to compare with, and nothing to go back to: no stages, no watch.
+    agreed = event.terms if event.stable else replace(event.terms, stops=(), watch_s=0.0, watch_shadow=0)
+    state = Rollout(event.model, event.candidate, event.digest, event.stable, agreed, Phase.PENDING, since=event.at)
+    return replace(state, reason=event.reason, pending=(Effect(Do.CHECK, event.number),), moved_by=event.number)
+
+
+def step(state: Rollout | None, event: Event) -> tuple[Rollout, tuple[Effect, ...]]:
+    """The state after the event, and the effects that it newly asks for. Raises `Illegal`, and nothing has changed."""
+    if isinstance(event, Requested):
+        if state is not None:
+            raise Illegal(state, event)
+        after = begin(event)
+        return after, after.pending
+    if state is None:
+        raise Illegal(None, event)
+    handler = _TABLE[state.phase].get(type(event))
+    if handler is None:
+        raise Illegal(state, event)
+    after = handler(state, event)
+    before = {effect.id for effect in (*state.pending, *state.outbox)}
+    return after, tuple(effect for effect in (*after.pending, *after.outbox) if effect.id not in before)
+
+
+def fold(events: Iterable[Event]) -> Rollout | None:
+    """The state that the events lead to; None for no events."""
+    state: Rollout | None = None
+    for event in events:
+        state, _ = step(state, event)
+    return state
+
+
+def due(state: Rollout) -> float | None:
+    """When time alone changes the state (POSIX seconds); None once it has ended."""
+    if state.ended:
+        return None
+    limits = state.terms
+    if state.phase is Phase.PENDING:
+        return state.since + limits.check_s
+    if state.pending:
+        return state.since + limits.effect_s
+    if state.paused_at is not None:
+        return state.paused_at + limits.pause_max_s
+    length = limits.watch_s if state.phase is Phase.WATCHING else state.stop.length_s
+    exhausted = state.since + length + limits.patience_s
+    if state.blind_since is not None:
+        return max(exhausted, state.blind_since + limits.grace_s)
+    return exhausted
+
+
+# ---------------------------------------------------------------- moves
+
+
+def _move(state: Rollout, event: Event, phase: Phase, **changes: Any) -> Rollout:
+    fresh: dict[str, Any] = {"pending": (), "paused_at": None, "blind_since": None, "verdict": Verdict.HOLD}
+    return replace(state, phase=phase, since=event.at, moved_by=event.number, **{**fresh, **changes})
+
+
+def _post(state: Rollout, *effects: Effect) -> tuple[Effect, ...]:
+    return (*state.outbox, *effects)
+
+
+def _enter_stage(state: Rollout, event: Event, stage: int) -> Rollout:
+    if stage >= len(state.terms.stops):
+        return _promote(state, event, "every gate passed" if state.stable else "first version; the checks passed")
+    stop = state.terms.stops[stage]
+    route = Effect(Do.ROUTE, event.number, weight=stop.weight, shadow=stop.shadow)
+    return _move(state, event, stop.phase, stage=stage, pending=(route,), epoch=event.number)
+
+
+def _promote(state: Rollout, event: Event, reason: str) -> Rollout:
+    route = Effect(Do.ROUTE, event.number, weight=100, shadow=state.terms.watch_shadow)
+    return _move(state, event, Phase.PROMOTING, pending=(route,), epoch=event.number, reason=reason)
+
+
+def _watch(state: Rollout, event: Event) -> Rollout:
+    if state.terms.watch_s <= 0:
+        return _proven(_aliased(state, event), event)
+    return _move(_aliased(state, event), event, Phase.WATCHING)
+
+
+def _aliased(state: Rollout, event: Event) -> Rollout:
+    return replace(state, aliased=True, outbox=_post(state, Effect(Do.ALIAS, event.number, version=state.candidate)))
+
+
+def _proven(state: Rollout, event: Event) -> Rollout:
+    route = Effect(Do.ROUTE, event.number, version=state.candidate)
+    old = (Effect(Do.UNDEPLOY, event.number, version=state.stable),) if state.stable else ()
+    tell = Effect(Do.TELL, event.number, text=state.reason)
+    return _move(state, event, Phase.PROMOTED, pending=(route,), epoch=event.number, outbox=_post(state, *old, tell))
+
+
+def _refuse(state: Rollout, event: Event, reason: str, unfinished: bool = False) -> Rollout:
+    tell = Effect(Do.TELL, event.number, text=reason)
+    return _move(state, event, Phase.REFUSED, reason=reason, unfinished=unfinished, outbox=_post(state, tell))
+
+
+def _roll_back(state: Rollout, event: Event, reason: str, guilty: bool, unfinished: bool = False) -> Rollout:
+    """Traffic first, everything else after it. `guilty`: the evidence is against the bytes."""
+    route = Effect(Do.ROUTE, event.number, version=state.stable)
+    outbox = _post(state, Effect(Do.QUARANTINE, event.number, text=reason)) if guilty else state.outbox
+    return _move(
+        state, event, Phase.ROLLING_BACK,
+        pending=(route,), epoch=event.number, reason=reason, outbox=outbox, unfinished=unfinished,
+    )  # fmt: skip
+
+
+def _rolled_back(state: Rollout, event: Event) -> Rollout:
+    restore = (Effect(Do.ALIAS, event.number, version=state.stable),) if state.aliased else ()
+    after = (
+        Effect(Do.UNDEPLOY, event.number, version=state.candidate),
+        Effect(Do.TELL, event.number, text=state.reason),
+    )
+    # An alias still on its way to the candidate must not arrive after the one that takes it back.
+    waiting = tuple(effect for effect in state.outbox if effect.do is not Do.ALIAS)
+    return _move(state, event, Phase.ROLLED_BACK, outbox=(*waiting, *restore, *after))
+
+
+def _halt(state: Rollout, event: Event, reason: str) -> Rollout:
+    page = Effect(Do.PAGE, event.number, text=reason)
+    tell = Effect(Do.TELL, event.number, text=reason)
+    return _move(state, event, Phase.HALTED, reason=reason, unfinished=True, outbox=_post(state, page, tell))
+
+
+# ---------------------------------------------------------------- handlers
+
+
+def _without(effects: tuple[Effect, ...], name: str) -> tuple[Effect, ...]:
+    return tuple(effect for effect in effects if effect.id != name)
+
+
+def _on_checked(state: Rollout, event: Event) -> Rollout:
+    assert isinstance(event, Checked)
+    if not any(effect.do is Do.CHECK for effect in state.pending):
+        raise Illegal(state, event)
+    if event.verdict is Verdict.PASS:
+        return replace(state, pending=(Effect(Do.DEPLOY, event.number),), moved_by=event.number)
+    return _refuse(state, event, event.says, unfinished=event.verdict is Verdict.ERROR)
+
+
+def _on_done(state: Rollout, event: Event) -> Rollout:
+    assert isinstance(event, Done)
+    if any(effect.id == event.effect for effect in state.outbox):
+        return replace(state, outbox=_without(state.outbox, event.effect))
+    head = state.pending[0] if state.pending else None
+    if head is None or head.id != event.effect or head.do is Do.CHECK:
+        raise Illegal(state, event)
+    state = replace(state, pending=state.pending[1:])
+    if state.phase is Phase.PENDING:
+        return _enter_stage(replace(state, deployed=True), event, 0)
+    if state.phase is Phase.PROMOTING:
+        return _watch(state, event)
+    if state.phase is Phase.ROLLING_BACK:
+        return _rolled_back(state, event)
+    if state.phase is Phase.PROMOTED:
+        return state
+    return replace(state, since=event.at)  # a stage's clock runs from when its route is in force
+
+
+def _on_failed(state: Rollout, event: Event) -> Rollout:
+    """What may be tried again stays where it is, until its time is up; only a final failure moves the machine."""
+    assert isinstance(event, Failed)
+    name = event.effect
+    if not any(effect.id == name for effect in (*state.pending, *state.outbox)):
+        raise Illegal(state, event)
+    if not event.final:
+        return state
+    if any(effect.id == name for effect in state.outbox):
+        return replace(state, outbox=_without(state.outbox, name))
+    return _cannot(state, event, event.error)
+
+
+def _cannot(state: Rollout, event: Event, error: str) -> Rollout:
+    """What the rollout waits for will not come."""
+    if state.phase is Phase.PENDING:
+        if any(effect.do is Do.DEPLOY for effect in state.pending):
+            return _roll_back(state, event, f"could not start the version: {error}", guilty=False, unfinished=True)
+        return _refuse(state, event, f"the checks could not be finished: {error}", unfinished=True)
+    if state.phase is Phase.PROMOTING:
+        return _halt(state, event, f"promotion stopped half-way, nobody knows who answers: {error}")
+    if state.phase is Phase.ROLLING_BACK:
+        return _halt(state, event, f"the traffic could not be taken back: {error}")
+    if state.phase is Phase.PROMOTED:
+        return _halt(state, event, f"promoted, but the former version could not be taken off the route: {error}")
+    return _roll_back(state, event, f"the traffic could not be set: {error}", guilty=False, unfinished=True)
+
+
+def _on_looked(state: Rollout, event: Event) -> Rollout:
+    assert isinstance(event, Looked)
+    if event.verdict is Verdict.FAIL:
+        return _roll_back(state, event, event.says, guilty=True)
+    blind = None
+    if event.verdict is Verdict.ERROR:
+        blind = event.at if state.blind_since is None else state.blind_since
+    state = replace(state, verdict=event.verdict, blind_since=blind)
+    if not state.in_force or state.paused_at is not None:
+        return state
+    watching = state.phase is Phase.WATCHING
+    length = state.terms.watch_s if watching else state.stop.length_s
+    if event.verdict is Verdict.PASS and event.at >= state.since + length:
+        return _proven(state, event) if watching else _enter_stage(state, event, state.stage + 1)
+    return _on_time(state, event)
+
+
+def _on_time(state: Rollout, event: Event) -> Rollout:
+    limit = due(state)
+    if limit is None or event.at < limit:
+        return state
+    if state.phase is Phase.PENDING or state.pending:
+        return _cannot(state, event, f"not done after {event.at - state.since:.0f} s")
+    if state.paused_at is not None:
+        return _roll_back(state, event, f"paused for {event.at - state.paused_at:.0f} s", guilty=False)
+    reason = f"{state.label}: not enough evidence in {event.at - state.since:.0f} s (last verdict: {state.verdict})"
+    if state.terms.on_exhausted == "pause":
+        return replace(state, paused_at=event.at, reason=reason, moved_by=event.number)
+    return _roll_back(state, event, reason, guilty=False, unfinished=state.verdict is Verdict.ERROR)
+
+
+def _on_ordered(state: Rollout, event: Event) -> Rollout:
+    assert isinstance(event, Ordered)
+    why = f"{event.order} ordered" + (f": {event.reason}" if event.reason else "")
+    staged = state.phase in (Phase.SHADOW, Phase.CANARY)
+    if event.order == "abort":
+        if state.phase is Phase.PENDING and not any(effect.do is Do.DEPLOY for effect in state.pending):
+            return _refuse(state, event, why)
+        return _roll_back(state, event, why, guilty=False)
+    if event.order == "promote" and staged:
+        return _promote(state, event, why)
+    if event.order == "pause" and staged and state.paused_at is None:
+        return replace(state, paused_at=event.at, reason=why, moved_by=event.number)
+    if event.order == "resume" and state.paused_at is not None:
+        waited = event.at - state.paused_at  # a pause costs the stage none of its time
+        return replace(state, paused_at=None, since=state.since + max(waited, 0.0), reason=why, moved_by=event.number)
+    raise Illegal(state, event)
+
+
+def _on_lost(state: Rollout, event: Event) -> Rollout:
+    assert isinstance(event, Lost)
+    return _roll_back(state, event, event.says, guilty=False, unfinished=True)
+
+
+Handler = Callable[[Rollout, Event], Rollout]
+_EFFECTS: Mapping[type[Event], Handler] = {Done: _on_done, Failed: _on_failed}
+_TIMED: Mapping[type[Event], Handler] = {**_EFFECTS, Ticked: _on_time}
+_STAGED: Mapping[type[Event], Handler] = {**_TIMED, Looked: _on_looked, Ordered: _on_ordered, Lost: _on_lost}
+_TABLE: Mapping[Phase, Mapping[type[Event], Handler]] = {
+    Phase.PENDING: {**_TIMED, Checked: _on_checked, Ordered: _on_ordered},
+    Phase.SHADOW: _STAGED,
+    Phase.CANARY: _STAGED,
+    Phase.PROMOTING: {**_TIMED, Ordered: _on_ordered, Lost: _on_lost},
+    Phase.WATCHING: _STAGED,
+    Phase.PROMOTED: _EFFECTS,
+    Phase.ROLLING_BACK: _TIMED,
+    Phase.ROLLED_BACK: _EFFECTS,
+    Phase.REFUSED: _EFFECTS,
+    Phase.HALTED: _EFFECTS,
+}
+
+
+# ---------------------------------------------------------------- to and from the ledger
+
+KINDS: Mapping[str, type[Event]] = {
+    kind.__name__.lower(): kind for kind in (Requested, Checked, Done, Failed, Looked, Ticked, Ordered, Lost)
+}
+
+
+def to_body(event: Event) -> tuple[str, dict[str, Any]]:
+    """The event as a ledger entry's kind and JSON-able body (time and number are the entry's own)."""
+    body = asdict(event)
+    del body["at"], body["number"]
+    return type(event).__name__.lower(), body
+
+
+def from_body(kind: str, body: Mapping[str, Any], at: float, number: int) -> Event:
+    """The event that the ledger entry holds. Further keys of the body (evidence, reports) are not the machine's.
+
+    Raises ValueError for an unknown kind or a body that does not fit.
+    """
+    made = KINDS.get(kind)
+    if made is None:
+        raise ValueError(f"ledger entry {number} has the unknown kind '{kind}'; known: {', '.join(KINDS)}")
+    known = {name: value for name, value in body.items() if name in made.__dataclass_fields__}
+    if made is Requested:
+        stops = tuple(Stop(**{**stop, "phase": Phase(stop["phase"])}) for stop in known["terms"]["stops"])
+        known["terms"] = Terms(**{**known["terms"], "stops": stops})
+    if "verdict" in known:
+        known["verdict"] = Verdict(known["verdict"])
+    return made(at=at, number=number, **known)
