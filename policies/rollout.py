@@ -13,93 +13,30 @@ it is done. An event with no entry in the table is illegal: it raises, and has c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from typing import Any
 
+from policies.events import (
+    ENDED,
+    LOOKED_AT,
+    Checked,
+    Do,
+    Done,
+    Effect,
+    Event,
+    Failed,
+    Looked,
+    Lost,
+    Ordered,
+    Phase,
+    Requested,
+    Stop,
+    Taken,
+    Terms,
+    Ticked,
+)
 from policies.policy import Policy
 from policies.verdict import Verdict
-
-
-class Phase(StrEnum):
-    """Where a rollout stands."""
-
-    PENDING = "pending"
-    SHADOW = "shadow"
-    CANARY = "canary"
-    PROMOTING = "promoting"
-    WATCHING = "watching"
-    PROMOTED = "promoted"
-    ROLLING_BACK = "rolling back"
-    ROLLED_BACK = "rolled back"
-    REFUSED = "refused"
-    HALTED = "halted"
-
-
-ENDED = frozenset({Phase.PROMOTED, Phase.ROLLED_BACK, Phase.REFUSED, Phase.HALTED})
-LIVE = frozenset({Phase.SHADOW, Phase.CANARY, Phase.PROMOTING, Phase.WATCHING})
-LOOKED_AT = frozenset({Phase.SHADOW, Phase.CANARY, Phase.WATCHING})
-
-
-class Do(StrEnum):
-    """The effects that the machine asks for."""
-
-    CHECK = "check"  # validate and benchmark; nothing is live yet
-    DEPLOY = "deploy"  # the candidate runs, without traffic
-    ROUTE = "route"  # the traffic is as said
-    ALIAS = "alias"  # the registry's champion and previous
-    UNDEPLOY = "undeploy"  # a version that is needed no more
-    QUARANTINE = "quarantine"  # these bytes are not to serve again
-    TELL = "tell"  # tags, notices: what became of the version
-    PAGE = "page"  # wake a person
-
-
-AWAITED = frozenset({Do.CHECK, Do.DEPLOY, Do.ROUTE})
-
-
-@dataclass(frozen=True)
-class Effect:
-    """Something to be done, named by the entry that asked for it: doing it twice is doing it once.
-
-    `weight` and `shadow` (percent) belong to ROUTE; `version` to ALIAS and UNDEPLOY, and with ROUTE it is the version
-    that alone gets the traffic; `text` to PAGE and TELL.
-    """
-
-    do: Do
-    asked_by: int
-    weight: int = 0
-    shadow: int = 0
-    version: str | None = None
-    text: str = ""
-
-    @property
-    def id(self) -> str:
-        return f"{self.asked_by}:{self.do}:{self.version or ''}"
-
-
-@dataclass(frozen=True)
-class Stop:
-    """One stage as the machine sees it: shares in percent, the least time in seconds."""
-
-    phase: Phase
-    weight: int
-    shadow: int
-    length_s: float
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What the policy says that the machine needs; kept in the first event, so that the ledger alone suffices."""
-
-    stops: tuple[Stop, ...]
-    watch_s: float
-    watch_shadow: int
-    patience_s: float
-    grace_s: float
-    pause_max_s: float
-    on_exhausted: str
-    check_s: float = 1800.0
-    effect_s: float = 120.0
 
 
 def terms(policy: Policy) -> Terms:
@@ -126,78 +63,6 @@ def terms(policy: Policy) -> Terms:
 
 
 @dataclass(frozen=True)
-class Event:
-    """Something that happened, at POSIX time `at`, written as ledger entry `number`."""
-
-    at: float
-    number: int
-
-
-@dataclass(frozen=True)
-class Requested(Event):
-    """Somebody wants the candidate in; `stable` is the proven version that serves now, if any."""
-
-    model: str
-    candidate: str
-    digest: str
-    stable: str | None
-    terms: Terms
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Checked(Event):
-    """The checks before any traffic are through."""
-
-    verdict: Verdict
-    says: str
-
-
-@dataclass(frozen=True)
-class Done(Event):
-    """An effect was carried out."""
-
-    effect: str
-
-
-@dataclass(frozen=True)
-class Failed(Event):
-    """An effect could not be carried out. `final`: another try will not help."""
-
-    effect: str
-    error: str
-    final: bool = False
-
-
-@dataclass(frozen=True)
-class Looked(Event):
-    """The gates were asked."""
-
-    verdict: Verdict
-    says: str
-
-
-@dataclass(frozen=True)
-class Ticked(Event):
-    """Time has passed, and it matters (`due`)."""
-
-
-@dataclass(frozen=True)
-class Ordered(Event):
-    """A person (or a newer version) orders: `promote`, `abort`, `pause` or `resume`."""
-
-    order: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Lost(Event):
-    """The holder of the route took the traffic back by itself (the lease ran out), or obeys somebody else now."""
-
-    says: str
-
-
-@dataclass(frozen=True)
 class Rollout:
     """The state of one rollout."""
 
@@ -219,6 +84,7 @@ class Rollout:
     aliased: bool = False
     unfinished: bool = False  # ended because something could not be done or looked at, not because of a verdict
     reason: str = ""
+    holder: str = ""  # the controller that may act
     moved_by: int = 0  # the entry that made the last move from phase to phase, or stage to stage
 
     @property
@@ -274,6 +140,8 @@ def step(state: Rollout | None, event: Event) -> tuple[Rollout, tuple[Effect, ..
         return after, after.pending
     if state is None:
         raise Illegal(None, event)
+    if isinstance(event, Taken):
+        return replace(state, holder=event.by), ()
     handler = _TABLE[state.phase].get(type(event))
     if handler is None:
         raise Illegal(state, event)
@@ -515,34 +383,3 @@ _TABLE: Mapping[Phase, Mapping[type[Event], Handler]] = {
     Phase.REFUSED: _EFFECTS,
     Phase.HALTED: _EFFECTS,
 }
-
-
-# ---------------------------------------------------------------- to and from the ledger
-
-KINDS: Mapping[str, type[Event]] = {
-    kind.__name__.lower(): kind for kind in (Requested, Checked, Done, Failed, Looked, Ticked, Ordered, Lost)
-}
-
-
-def to_body(event: Event) -> tuple[str, dict[str, Any]]:
-    """The event as a ledger entry's kind and JSON-able body (time and number are the entry's own)."""
-    body = asdict(event)
-    del body["at"], body["number"]
-    return type(event).__name__.lower(), body
-
-
-def from_body(kind: str, body: Mapping[str, Any], at: float, number: int) -> Event:
-    """The event that the ledger entry holds. Further keys of the body (evidence, reports) are not the machine's.
-
-    Raises ValueError for an unknown kind or a body that does not fit.
-    """
-    made = KINDS.get(kind)
-    if made is None:
-        raise ValueError(f"ledger entry {number} has the unknown kind '{kind}'; known: {', '.join(KINDS)}")
-    known = {name: value for name, value in body.items() if name in made.__dataclass_fields__}
-    if made is Requested:
-        stops = tuple(Stop(**{**stop, "phase": Phase(stop["phase"])}) for stop in known["terms"]["stops"])
-        known["terms"] = Terms(**{**known["terms"], "stops": stops})
-    if "verdict" in known:
-        known["verdict"] = Verdict(known["verdict"])
-    return made(at=at, number=number, **known)
