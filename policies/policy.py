@@ -12,7 +12,7 @@ import re
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)$")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -36,6 +36,7 @@ def _seconds(value: object) -> object:
 Seconds = Annotated[
     float,
     BeforeValidator(_seconds, json_schema_input_type=str),
+    PlainSerializer(lambda seconds: f"{seconds!r}s", return_type=str),
     Field(ge=0, allow_inf_nan=False),
 ]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
