@@ -215,6 +215,9 @@ class Target(Protocol):
     def undeploy(self, model: str, version: str, trial: bool = False) -> None:
         """Drained and gone. Idempotent."""
 
+    def stored(self, digest: str) -> Path | None:
+        """The bytes, if the target has them: going back needs neither registry nor network."""
+
     def running(self, model: str) -> dict[str, str]:
         """The versions of the model that run with a ready replica, with the digest of each."""
 
@@ -230,6 +233,9 @@ class Router(Protocol):
 
     def current(self, model: str) -> Route | None:
         """The route in force, if the model has one."""
+
+    def routes(self) -> dict[str, Route]:
+        """The routes of all models."""
 
 
 class Telemetry(Protocol):
@@ -311,3 +317,18 @@ class Clock(Protocol):
 
     def sleep(self, seconds: float) -> None:
         """Returns that much later."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """One adapter per port: what a flow is given to work with. `flows.wiring` makes it."""
+
+    registry: Registry
+    inspector: Inspector
+    contract: DataContract
+    probe: Probe
+    target: Target
+    router: Router
+    telemetry: Telemetry
+    ledger: Ledger
+    clock: Clock

@@ -1,0 +1,119 @@
+"""What there is to judge by: counters read as totals of this rollout, and comparisons of sampled rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from policies.events import Phase
+from policies.evidence import Counts, Drift, Evidence, Pairs
+from policies.policy import Policy
+from policies.rollout import Rollout
+from tasks.ports import NotThere, PortError, Telemetry
+
+_DRIFT_EVERY_S = 4.0
+
+
+def _since(now: tuple[int, ...], before: tuple[int, ...]) -> tuple[int, ...]:
+    """What was counted between two readings, bucket by bucket; a counter that fell began anew at zero."""
+    if len(now) != len(before):
+        return now
+    gone = any(new < old for new, old in zip(now, before, strict=True))
+    return now if gone else tuple(new - old for new, old in zip(now, before, strict=True))
+
+
+def _plus(total: tuple[int, ...], more: tuple[int, ...]) -> tuple[int, ...]:
+    if not total:
+        return more
+    return tuple(a + b for a, b in zip(total, more, strict=True)) if more else total
+
+
+@dataclass
+class Meter:
+    """Turns a version's counters into totals since the first reading, whatever restarts in between.
+
+    Each source's counters may begin anew (a restarted server, a restarted gateway); what was counted before is kept.
+    """
+
+    role: str
+    last: Counts | None = None
+    total: Counts = field(default_factory=lambda: Counts(0, 0))
+
+    def read(self, now: Counts) -> Counts:
+        """The totals with this reading."""
+        before = self.last if self.last is not None else now
+        requests, errors = _since((now.requests, now.errors), (before.requests, before.errors))
+        self.total = Counts(
+            requests=self.total.requests + requests,
+            errors=self.total.errors + errors,
+            latency=_plus(self.total.latency, _since(now.latency, before.latency)),
+            scores=_plus(self.total.scores, _since(now.scores, before.scores)),
+            epoch=self.role,
+        )
+        self.last = now
+        return self.total
+
+
+@dataclass
+class Lookout:
+    """Looks at one rollout, again and again. A source that cannot be read is named among the problems."""
+
+    telemetry: Telemetry
+    policy: Policy
+    meters: dict[tuple[str, str], Meter] = field(default_factory=dict)
+    first_traffic: float | None = None
+    compared_at: float = 0.0
+
+    def look(self, state: Rollout, at: float) -> Evidence:
+        """The evidence now. Raises nothing but programming errors: what could not be read is a problem, not a crash."""
+        if self.first_traffic is None:
+            self.first_traffic = at
+        watching = state.phase is Phase.WATCHING
+        problems: dict[str, str] = {}
+        stable = self._counts(state, state.stable, shadow=watching, problems=problems)
+        candidate = self._counts(state, state.candidate, shadow=state.phase is Phase.SHADOW, problems=problems)
+        drift, pairs = None, None
+        if at - self.compared_at >= _DRIFT_EVERY_S or at < self.compared_at:
+            self.compared_at = at
+            drift = self._drift(state, problems)
+            pairs = self._pairs(state, problems)
+        return Evidence(at, stable, candidate, drift, pairs, problems)
+
+    def _counts(self, state: Rollout, version: str | None, shadow: bool, problems: dict[str, str]) -> Counts | None:
+        if version is None:
+            return None
+        role = "shadow" if shadow else "live"
+        try:
+            now = self.telemetry.counts(state.model, version, shadow)
+        except PortError as exc:
+            problems["counts"] = str(exc)
+            return None
+        return self.meters.setdefault((version, role), Meter(role)).read(now)
+
+    def _begin(self) -> float:
+        return (self.first_traffic or 0.0) + self.policy.rollout.burn_in
+
+    def _drift(self, state: Rollout, problems: dict[str, str]) -> Drift | None:
+        gate = self.policy.rollout.gates.drift
+        if gate is None or state.stable is None:
+            return None
+        try:
+            return self.telemetry.drift(
+                state.model, state.stable, state.candidate, gate.columns, gate.method, self._begin()
+            )
+        except NotThere:
+            return None  # too few rows yet: no evidence, and the gate holds
+        except PortError as exc:
+            problems["drift"] = str(exc)
+            return None
+
+    def _pairs(self, state: Rollout, problems: dict[str, str]) -> Pairs | None:
+        gate = self.policy.rollout.gates.disagreement
+        if gate is None or state.stable is None or state.phase is Phase.CANARY:
+            return None  # in a canary each request is answered by one version
+        try:
+            return self.telemetry.pairs(state.model, state.stable, state.candidate, gate.tolerance, self._begin())
+        except NotThere:
+            return None
+        except PortError as exc:
+            problems["pairs"] = str(exc)
+            return None

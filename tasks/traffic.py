@@ -1,0 +1,32 @@
+"""Who gets which requests: set, and kept alive."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from policies.events import Effect
+from policies.rollout import Rollout
+from policies.traffic import Route
+from tasks.ports import Router
+
+
+def route_for(state: Rollout, effect: Effect, lease_s: float) -> Route:
+    """The route that a ROUTE effect asks for. It carries a lease wherever there is a stable version to go back to."""
+    if effect.version is not None or not (effect.weight or effect.shadow):
+        return Route(state.model, stable=effect.version, epoch=effect.asked_by)
+    return Route(
+        model=state.model,
+        stable=state.stable,
+        candidate=state.candidate,
+        weight=effect.weight,
+        shadow=effect.shadow,
+        epoch=effect.asked_by,
+        lease_s=lease_s if state.stable else None,
+    )
+
+
+@task(name="route", timeout_seconds=60, cache_policy=NO_CACHE)
+def set_traffic(router: Router, route: Route) -> None:
+    """The route is in force when this returns."""
+    router.apply(route)
