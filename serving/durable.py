@@ -1,0 +1,154 @@
+"""What the node agent keeps on disk: its state, the models' bytes, and what it did by itself.
+
+Every file is written aside, synced and renamed, so that a crash leaves the old content or the new, never half of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from serving.agent_errors import BadRequest, NotDurable
+
+EVENTS_KEPT = 1000
+UNUSED_MODELS_KEPT = 10
+
+
+def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """`path` holds `data`, also after a power failure. Raises NotDurable (disk full, read-only, ...)."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - from a descriptor, to set the mode at creation
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        _sync_folder(path.parent)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise NotDurable(f"could not write {path}: {exc.strerror or exc}") from exc
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """The file's content; None if there is no such file. Raises BadRequest if it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as exc:
+        raise BadRequest(
+            f"{path} is not JSON ({exc}); restore it, or remove it to start with nothing deployed"
+        ) from exc
+
+
+class ModelStore:
+    """The bytes of all deployed versions, by digest, so that going back needs neither registry nor network."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, digest: str) -> Path:
+        """Where bytes of this digest are, or would be."""
+        return self._folder / f"{digest}.onnx"
+
+    def add(self, source: Path, digest: str) -> Path:
+        """The stored copy, its digest checked. Blocks; raises BadRequest for a missing file or other bytes, NotDurable.
+
+        Bytes that are already here need no source.
+        """
+        kept = self.path(digest)
+        if kept.exists() and _sha256(kept) == digest:
+            return kept
+        aside = kept.with_suffix(f".{os.getpid()}.part")
+        try:
+            shutil.copyfile(source, aside)
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
+            found = _sha256(aside)
+            if found != digest:
+                raise BadRequest(
+                    f"{source} has the digest {found}, not {digest}: these are not the bytes that were tested"
+                )
+            aside.replace(kept)
+            _sync_folder(self._folder)
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as exc:
+            raise BadRequest(f"cannot read the model file {source}: {exc.strerror}") from exc
+        except OSError as exc:
+            raise NotDurable(f"could not store {source}: {exc.strerror or exc}") from exc
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+        return kept
+
+    def prune(self, used: Iterable[str]) -> None:
+        """Drops bytes that no deployed version has, but for the newest few. What cannot be dropped stays."""
+        wanted = {self.path(digest) for digest in used}
+        with contextlib.suppress(OSError):
+            unused = [path for path in self._folder.glob("*.onnx") if path not in wanted]
+            unused.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+            for path in unused[UNUSED_MODELS_KEPT:]:
+                path.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class EventLog:
+    """What the agent did by itself, numbered: the newest `EVENTS_KEPT`, over restarts too if the disk allows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self._lines = 0
+        if path.exists():
+            for line in path.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError):  # the last line may be cut off by a crash
+                    self._events.append(json.loads(line))
+                self._lines += 1
+
+    def add(self, kind: str, says: str, **facts: Any) -> dict[str, Any]:
+        """The event, kept in memory at once and on disk if that is possible: an unwritable log stops nothing."""
+        number = self._events[-1]["n"] + 1 if self._events else 1
+        event = {"n": number, "at": time.time(), "kind": kind, "says": says, **facts}
+        self._events.append(event)
+        with contextlib.suppress(OSError, NotDurable):
+            self._write(event)
+        return event
+
+    def _write(self, event: dict[str, Any]) -> None:
+        if self._lines >= 2 * EVENTS_KEPT:
+            write_durably(self._path, b"".join(_line(kept) for kept in self._events))
+            self._lines = len(self._events)
+            return
+        with self._path.open("ab") as file:
+            file.write(_line(event))
+        self._lines += 1
+
+    def after(self, number: int) -> list[dict[str, Any]]:
+        """The events after that number, oldest first."""
+        return [event for event in self._events if event["n"] > number]
+
+
+def _line(event: dict[str, Any]) -> bytes:
+    return json.dumps(event).encode() + b"\n"

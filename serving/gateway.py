@@ -1,0 +1,415 @@
+"""The gateway's configuration: routes and endpoints in, Envoy's own resources out. Pure: nothing is read or written.
+
+Per deployed version there are three clusters, so that what happens for different reasons is counted apart:
+
+    live/MODEL/VERSION     first attempts of clients' requests
+    shadow/MODEL/VERSION   copies of requests; bounded hard, since nobody waits for the answers
+    rescue/MODEL/VERSION   second attempts, made on the stable version
+
+A client's request goes to `arm/MODEL/VERSION+STABLE`, an aggregate cluster of the version's live cluster and the stable
+version's rescue cluster. The retry policy moves a failed attempt on to the next priority, i.e. to the rescue cluster.
+The arm counts how many requests were answered and how many needed the second attempt. Both arms of a split have this
+shape, so a failure counts once per request in either, and the comparison stays fair.
+
+The split is by hash of `x-lockgate-key` (else of the request id). Envoy takes hash modulo 100 and walks the clusters in
+order; the candidate comes first, so whoever is in it at 5 % is in it at every higher weight.
+
+Reference: Envoy 1.40 API v3, https://www.envoyproxy.io/docs/envoy/v1.40.0/api-v3/api.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from policies.evidence import LATENCY_EDGES_MS
+from policies.traffic import Route
+
+KEY_HEADER = "x-lockgate-key"
+MODEL_HEADER = "x-lockgate-model"
+VERSION_HEADER = "x-lockgate-version"
+ROUTES = "models"  # the name of the one route configuration
+STAT_PREFIX = "gateway"
+
+_TYPE = "type.googleapis.com/"
+_Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """What holds for all models. Durations in seconds, sizes in bytes.
+
+    `attempt_timeout_s` bounds one attempt (then the stable version is asked), `request_timeout_s` the whole request,
+    `shadow_timeout_s` a copy. A body beyond `body_bytes_max` is refused: it could not be sent a second time.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 0
+    request_timeout_s: float = 15.0
+    attempt_timeout_s: float = 5.0
+    shadow_timeout_s: float = 2.0
+    body_bytes_max: int = 64 * 1024 * 1024
+    shadow_requests_max: int = 256
+    access_log: str | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One version of a model and where its ready replicas listen: `unix:/path` or `http://host:port`."""
+
+    model: str
+    version: str
+    endpoints: tuple[str, ...]
+
+
+def cluster_name(role: str, model: str, version: str) -> str:
+    """The cluster that counts what `role` (live, shadow, rescue) does on the version.
+
+    Dots, slashes and colons are escaped: Envoy builds the names of its statistics from these parts.
+    """
+    return "/".join([role, _escaped(model), _escaped(version)])
+
+
+def cluster_parts(name: str) -> tuple[str, str, str] | None:
+    """The role, model and version that a name from `cluster_name` stands for; None for any other name."""
+    parts = name.split("/")
+    if len(parts) != 3 or parts[0] not in ("live", "shadow", "rescue"):
+        return None
+    return parts[0], unquote(parts[1]), unquote(parts[2])
+
+
+def arm_name(model: str, version: str, stable: str | None) -> str:
+    """The aggregate cluster that asks `version` first and the stable version if that fails."""
+    return f"arm/{_escaped(model)}/{_escaped(version)}+{_escaped(stable or version)}"
+
+
+def _escaped(part: str) -> str:
+    return quote(part, safe="-_").replace(".", "%2E").replace("~", "%7E")
+
+
+def content_version(resources: object) -> str:
+    """A name for exactly this content, by which Envoy says which content is in force."""
+    return hashlib.sha256(json.dumps(resources, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def discovery(resources: list[_Json]) -> _Json:
+    """The file form of a set of resources, as Envoy reads it."""
+    return {"version_info": content_version(resources), "resources": resources}
+
+
+# --- routes ---------------------------------------------------------------------------------------------------------
+
+
+def route_resources(routes: Iterable[Route], settings: GatewaySettings) -> list[_Json]:
+    """The one route configuration: every model that has a stable version or a candidate with all of the traffic."""
+    served = sorted((route for route in routes if route.stable or route.candidate), key=lambda route: route.model)
+    entries: list[_Json] = [
+        _fixed("/v2/health/live", 200, {"live": True}),
+        _fixed("/v2/health/ready", 200, {"ready": True}),
+    ]
+    for route in served:
+        entries += _model_entries(route, settings)
+    if len(served) == 1:  # MLflow's form names no model; with a single one there is no doubt
+        entries.append({"match": {"path": "/invocations"}, **_action(served[0], settings)})
+    known = ", ".join(route.model for route in served) or "none"
+    entries.append(_not_served(known))
+    return [
+        {
+            "@type": _TYPE + "envoy.config.route.v3.RouteConfiguration",
+            "name": ROUTES,
+            "virtual_hosts": [{"name": ROUTES, "domains": ["*"], "routes": entries}],
+            "validate_clusters": False,
+            "response_headers_to_add": [
+                {
+                    "header": {"key": VERSION_HEADER, "value": "%UPSTREAM_METADATA(lockgate:version)%"},
+                    "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+                }
+            ],
+        }
+    ]
+
+
+def _model_entries(route: Route, settings: GatewaySettings) -> list[_Json]:
+    """The paths of one model: Open Inference Protocol, TF Serving, MLflow with the model in a header."""
+    in_path = quote(route.model, safe="-_.~")
+    action = _action(route, settings)
+    header = {"name": MODEL_HEADER, "string_match": {"exact": route.model}}
+    return [
+        {"match": {"path_separated_prefix": f"/v2/models/{in_path}"}, **action},
+        {"match": {"safe_regex": {"regex": f"/v1/models/{re.escape(in_path)}([/:].*)?"}}, **action},
+        {"match": {"path": "/invocations", "headers": [header]}, **action},
+    ]
+
+
+def _action(route: Route, settings: GatewaySettings) -> _Json:
+    weighted = [
+        {"name": arm_name(route.model, version, route.stable), "weight": weight} for version, weight in shares(route)
+    ]
+    action: _Json = {
+        "weighted_clusters": {"clusters": weighted, "use_hash_policy": True},
+        "hash_policy": [
+            {"header": {"header_name": KEY_HEADER}, "terminal": True},
+            {"header": {"header_name": "x-request-id"}},
+        ],
+        "timeout": _duration(settings.request_timeout_s),
+        "retry_policy": {
+            "retry_on": "5xx,reset,connect-failure,refused-stream",
+            "num_retries": 1,
+            "per_try_timeout": _duration(settings.attempt_timeout_s),
+            "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.002s"},
+            "retry_priority": {
+                "name": "envoy.retry_priorities.previous_priorities",
+                "typed_config": {
+                    "@type": _TYPE + "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
+                    "update_frequency": 1,
+                },
+            },
+        },
+    }
+    copied = shadowed(route)
+    if copied is not None:
+        action["request_mirror_policies"] = [
+            {
+                "cluster": cluster_name("shadow", route.model, copied),
+                "runtime_fraction": {"default_value": {"numerator": route.shadow, "denominator": "HUNDRED"}},
+                "trace_sampled": False,
+                "disable_shadow_host_suffix_append": True,
+            }
+        ]
+    return {"route": action}
+
+
+def shares(route: Route) -> list[tuple[str, int]]:
+    """Which version gets how many percent of the clients' requests, the candidate first; only those that get some."""
+    both = [(route.candidate, route.weight), (route.stable, 100 - route.weight)]
+    return [(version, weight) for version, weight in both if version is not None and weight > 0]
+
+
+def shadowed(route: Route) -> str | None:
+    """The version that gets copies: the candidate, or the stable version once the candidate answers everything."""
+    if route.shadow == 0:
+        return None
+    return route.stable if route.weight == 100 else route.candidate
+
+
+def _fixed(path: str, status: int, body: _Json) -> _Json:
+    return {"match": {"path": path}, "direct_response": {"status": status, "body": {"inline_string": json.dumps(body)}}}
+
+
+def _not_served(known: str) -> _Json:
+    if len(known) > 2000:  # Envoy's limit for a direct response is 4096 bytes
+        known = known[:2000] + " ..."
+    body = json.dumps({"error": f"no model is served under this path; served here: {known}"})
+    return {"match": {"prefix": "/"}, "direct_response": {"status": 404, "body": {"inline_string": body}}}
+
+
+# --- clusters -------------------------------------------------------------------------------------------------------
+
+
+def cluster_resources(routes: Iterable[Route], backends: Iterable[Backend], settings: GatewaySettings) -> list[_Json]:
+    """The clusters of all deployed versions, and the arms of all routes (the former ones too, while they drain)."""
+    found: dict[str, _Json] = {}
+    for backend in backends:
+        for role in ("live", "rescue", "shadow"):
+            cluster = _cluster(role, backend, settings)
+            found[cluster["name"]] = cluster
+    for route in routes:
+        # Both arms, also while one has no share: their statistics must not vanish and begin anew within a rollout.
+        for version in (route.candidate, route.stable):
+            if version is None:
+                continue
+            arm = _arm(route.model, version, route.stable)
+            found[arm["name"]] = arm
+    return [found[name] for name in sorted(found)]
+
+
+def _cluster(role: str, backend: Backend, settings: GatewaySettings) -> _Json:
+    name = cluster_name(role, backend.model, backend.version)
+    limit = settings.shadow_requests_max if role == "shadow" else 100_000
+    http: _Json = {"explicit_http_config": {"http_protocol_options": {}}}
+    # Shorter than the model server's own idle time-out, so that it never closes a connection that is being used.
+    http["common_http_protocol_options"] = {"idle_timeout": "20s"}
+    if role == "shadow":
+        http["common_http_protocol_options"]["max_stream_duration"] = _duration(settings.shadow_timeout_s)
+    endpoints = [_endpoint(url, backend.version) for url in backend.endpoints]
+    return {
+        "@type": _TYPE + "envoy.config.cluster.v3.Cluster",
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "lb_policy": "LEAST_REQUEST",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]},
+        "circuit_breakers": _breakers(limit),
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "outlier_detection": _outliers(),
+        "per_connection_buffer_limit_bytes": settings.body_bytes_max,
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": _TYPE + "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+                **http,
+            }
+        },
+    }
+
+
+def _outliers() -> _Json:
+    """A replica that keeps failing is left out for some seconds; the last one never is: what it does is evidence."""
+    return {
+        "consecutive_5xx": 5,
+        "consecutive_gateway_failure": 5,
+        "enforcing_consecutive_gateway_failure": 100,
+        "enforcing_success_rate": 0,
+        "interval": "1s",
+        "base_ejection_time": "2s",
+        "max_ejection_time": "20s",
+        "max_ejection_percent": 50,
+    }
+
+
+def _breakers(limit: int) -> _Json:
+    """The servers bound their own queues and say so with 429; these limits only stop what is out of all proportion."""
+    bounds = {"max_connections": limit, "max_pending_requests": limit, "max_requests": limit, "max_retries": limit}
+    return {"thresholds": [{"priority": "DEFAULT", **bounds}]}
+
+
+def _endpoint(url: str, version: str) -> _Json:
+    """The address, carrying its version: the answer's header names the version that really answered."""
+    return {
+        "endpoint": {"address": _address(url)},
+        "metadata": {"filter_metadata": {"lockgate": {"version": version}}},
+    }
+
+
+def _address(url: str) -> _Json:
+    if url.startswith("unix:"):
+        return {"pipe": {"path": url.removeprefix("unix:")}}
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname is None or parts.port is None:
+        raise ValueError(f"'{url}' is no endpoint; write unix:/path or http://host:port")
+    return {"socket_address": {"address": parts.hostname, "port_value": parts.port}}
+
+
+def _arm(model: str, version: str, stable: str | None) -> _Json:
+    second = stable or version
+    return {
+        "@type": _TYPE + "envoy.config.cluster.v3.Cluster",
+        "name": arm_name(model, version, stable),
+        "connect_timeout": "1s",
+        "lb_policy": "CLUSTER_PROVIDED",
+        "circuit_breakers": _breakers(100_000),
+        "cluster_type": {
+            "name": "envoy.clusters.aggregate",
+            "typed_config": {
+                "@type": _TYPE + "envoy.extensions.clusters.aggregate.v3.ClusterConfig",
+                "clusters": [cluster_name("live", model, version), cluster_name("rescue", model, second)],
+            },
+        },
+    }
+
+
+# --- bootstrap ------------------------------------------------------------------------------------------------------
+
+
+def bootstrap(settings: GatewaySettings, folder: PurePath) -> _Json:
+    """What Envoy is started with. It reads `folder`/clusters/clusters.json and `folder`/routes/routes.json, and again
+    whenever a file is renamed into those folders."""
+    return {
+        "node": {"id": "lockgate", "cluster": "lockgate"},
+        "admin": {"address": _socket(settings.admin_host, settings.admin_port)},
+        "dynamic_resources": {"cds_config": _watched(folder / "clusters", "clusters.json")},
+        "static_resources": {"listeners": [_listener(settings, folder)]},
+        "stats_flush_interval": "0.5s",  # histograms are merged on flush only
+        "stats_config": {
+            "histogram_bucket_settings": [
+                {"match": {"suffix": "upstream_rq_time"}, "buckets": list(LATENCY_EDGES_MS)},
+            ]
+        },
+        "layered_runtime": {"layers": [{"name": "static", "static_layer": {}}]},
+    }
+
+
+def _listener(settings: GatewaySettings, folder: PurePath) -> _Json:
+    manager: _Json = {
+        "@type": _TYPE + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": STAT_PREFIX,
+        "codec_type": "AUTO",
+        "rds": {"route_config_name": ROUTES, "config_source": _watched(folder / "routes", "routes.json")},
+        "generate_request_id": True,
+        "preserve_external_request_id": True,
+        "always_set_request_id_in_response": True,
+        "use_remote_address": True,
+        "stream_idle_timeout": _duration(settings.request_timeout_s + 45),
+        "request_timeout": _duration(settings.request_timeout_s + 45),
+        "request_headers_timeout": "10s",
+        "drain_timeout": "2s",
+        "normalize_path": True,
+        "common_http_protocol_options": {"idle_timeout": "300s", "headers_with_underscores_action": "REJECT_REQUEST"},
+        "http_filters": [
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {
+                    "@type": _TYPE + "envoy.extensions.filters.http.router.v3.Router",
+                    "suppress_envoy_headers": True,
+                },
+            }
+        ],
+    }
+    if settings.access_log is not None:
+        manager["access_log"] = [_access_log(settings.access_log)]
+    return {
+        "name": STAT_PREFIX,
+        "address": _socket(settings.host, settings.port),
+        # Without this a second Envoy could listen on the same port and silently take half of the requests.
+        "enable_reuse_port": False,
+        "per_connection_buffer_limit_bytes": settings.body_bytes_max,
+        "filter_chains": [
+            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+        ],
+    }
+
+
+def _access_log(path: str) -> _Json:
+    fields: Mapping[str, str] = {
+        "time": "%START_TIME%",
+        "request_id": "%REQ(X-REQUEST-ID)%",
+        "method": "%REQ(:METHOD)%",
+        "path": "%REQ(:PATH)%",
+        "status": "%RESPONSE_CODE%",
+        "flags": "%RESPONSE_FLAGS%",
+        "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+        "version": "%UPSTREAM_METADATA(lockgate:version)%",
+        "ms": "%DURATION%",
+        "bytes_in": "%BYTES_RECEIVED%",
+        "bytes_out": "%BYTES_SENT%",
+    }
+    return {
+        "name": "envoy.access_loggers.file",
+        "typed_config": {
+            "@type": _TYPE + "envoy.extensions.access_loggers.file.v3.FileAccessLog",
+            "path": path,
+            "log_format": {"json_format": dict(fields)},
+        },
+    }
+
+
+def _socket(host: str, port: int) -> _Json:
+    return {"socket_address": {"address": host, "port_value": port}}
+
+
+def _watched(folder: PurePath, name: str) -> _Json:
+    return {
+        "resource_api_version": "V3",
+        "path_config_source": {"path": str(folder / name), "watched_directory": {"path": str(folder)}},
+    }
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3f}s"

@@ -1,0 +1,265 @@
+"""Keeps one process of a model server running: start, probe, restart with back-off, stop.
+
+A replica is ready while it answers `GET /v2/health/ready` with 200. One that stops answering is not ready after
+`PROBES_FAILED_MAX` probes, and is killed and started anew when it has been silent for `SILENT_S_MAX`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from serving.processes import Process, last_words, mark, start
+
+START_S_MAX = 120.0  # loading a large model may take that long
+PROBE_S = 1.0
+PROBE_TIMEOUT_S = 1.0
+PROBES_FAILED_MAX = 3
+SILENT_S_MAX = 20.0
+BACK_OFF_S = 0.05
+BACK_OFF_S_MAX = 10.0
+STEADY_S = 10.0  # having run for so long, the next failure counts as the first
+DRAIN_S = 15.0
+FAILURES_UNTIL_FAILED = 3
+
+
+@dataclass(frozen=True)
+class VersionSpec:
+    """What was asked to be deployed."""
+
+    model: str
+    version: str
+    digest: str
+    replicas: int = 1
+    threads: int = 1
+    prediction_output: str | None = None
+    prediction_column: int = -1
+    sample_share: float = 1.0
+
+    def fingerprint(self) -> str:
+        """A name for exactly this specification: a process with another one is not adopted."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a replica's files are, and how a server is started."""
+
+    home: Path
+    sockets: Path
+    logs: Path
+    samples: Path
+    model: Path
+    server_command: tuple[str, ...] = (sys.executable, "-m", "serving.server")
+
+
+Tell = Callable[..., None]  # (kind, says, **facts)
+
+
+class Replica:
+    """One model server process, kept running until `stop`."""
+
+    def __init__(self, spec: VersionSpec, number: int, places: Places, tell: Tell) -> None:
+        self.spec = spec
+        self.number = number
+        self.ready = False
+        self.restarts = 0
+        self.failures = 0  # in a row, without having been ready
+        self.why = "starting"
+        self.process: Process | None = None
+        self._places = places
+        self._tell = tell
+        self._stopping = False
+        name = hashlib.sha256(f"{spec.model}|{spec.version}|{number}".encode()).hexdigest()[:12]
+        self.socket = places.sockets / f"{name}.sock"
+        self._log = places.logs / f"{name}.log"
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def what(self) -> str:
+        """The mark by which this replica's process is found again."""
+        return f"server|{self.spec.model}|{self.spec.version}|{self.number}|{self.spec.fingerprint()}"
+
+    @property
+    def endpoint(self) -> str:
+        return f"unix:{self.socket}"
+
+    def begin(self, survivor: Process | None = None) -> None:
+        """Runs it from now on, going on with the survivor if there is one."""
+        self.process = survivor
+        self._task = asyncio.create_task(self._run(), name=self.what)
+
+    async def stop(self) -> None:
+        """Drains and ends it; returns once it is gone."""
+        self._stopping = True
+        self.ready = False
+        process = self.process
+        if process is not None:
+            await process.stop(DRAIN_S)
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self.socket.unlink(missing_ok=True)
+
+    def status(self) -> dict[str, Any]:
+        process = self.process
+        return {
+            "pid": process.pid if process else None,
+            "endpoint": self.endpoint,
+            "ready": self.ready,
+            "restarts": self.restarts,
+            "started_at": process.started_at if process else None,
+        }
+
+    async def _run(self) -> None:
+        connector = aiohttp.UnixConnector(path=str(self.socket), force_close=True)
+        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            while not self._stopping:
+                began = time.monotonic()
+                if self.process is None and not self._start():
+                    await asyncio.sleep(self._back_off())
+                    continue
+                process = self.process
+                assert process is not None
+                await self._watch(process, session)
+                if self._stopping:
+                    return
+                self._ended(process, steady=time.monotonic() - began > STEADY_S)
+                await asyncio.sleep(self._back_off())
+
+    def _start(self) -> bool:
+        self.socket.unlink(missing_ok=True)
+        try:
+            self.process = start(self._command(), mark(self._places.home, self.what), self._log)
+        except OSError as exc:
+            self.failures += 1
+            self.why = f"cannot be started: {exc.strerror or exc}"
+            return False
+        return True
+
+    def _command(self) -> list[str]:
+        spec, places = self.spec, self._places
+        command = [*places.server_command, "--model", spec.model, "--version", spec.version]
+        command += ["--path", str(places.model), "--digest", spec.digest, "--uds", str(self.socket)]
+        command += ["--threads", str(spec.threads), "--prediction-column", str(spec.prediction_column)]
+        command += ["--samples", str(places.samples), "--sample-share", str(spec.sample_share)]
+        if spec.prediction_output is not None:
+            command += ["--prediction-output", spec.prediction_output]
+        return command
+
+    async def _watch(self, process: Process, session: aiohttp.ClientSession) -> None:
+        """Returns once the process has ended, on its own or because it was silent for too long."""
+        answered_at = time.monotonic()
+        failed = 0
+        been_ready = False
+        while not process.exited.is_set():
+            if await self._probe(session):
+                answered_at, failed, been_ready = time.monotonic(), 0, True
+                self._became_ready()
+            else:
+                failed += 1
+                if failed >= PROBES_FAILED_MAX and self.ready:
+                    self.ready = False
+                    self.why = f"did not answer {failed} probes in a row"
+                    self._tell("replica-silent", f"{self._name()} {self.why}", **self._facts())
+                if time.monotonic() - answered_at > (SILENT_S_MAX if been_ready else START_S_MAX):
+                    self._tell(
+                        "replica-killed", f"{self._name()} was silent for too long and is killed", **self._facts()
+                    )
+                    await process.stop(0.0)
+            pause = PROBE_S if been_ready else 0.02
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.exited.wait(), pause)
+        self.ready = False
+
+    async def _probe(self, session: aiohttp.ClientSession) -> bool:
+        try:
+            async with session.get("http://replica/v2/health/ready") as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False  # not there yet, or silent: the caller counts
+
+    def _became_ready(self) -> None:
+        if self.ready or self._stopping:
+            return
+        self.ready = True
+        self.failures = 0
+        self.why = ""
+        self._tell("replica-ready", f"{self._name()} is ready", **self._facts())
+
+    def _ended(self, process: Process, steady: bool) -> None:
+        words = last_words(self._log)
+        code = process.exit_code
+        self.why = f"ended{'' if code is None else f' with code {code}'}{f': {words}' if words else ''}"
+        self.process = None
+        self.restarts += 1
+        self.failures = 1 if steady else self.failures + 1
+        self._tell("replica-ended", f"{self._name()} {self.why}", **self._facts())
+
+    def _back_off(self) -> float:
+        return float(min(BACK_OFF_S * 2 ** max(0, self.failures - 1), BACK_OFF_S_MAX))
+
+    def _name(self) -> str:
+        return f"replica {self.number} of {self.spec.model} version {self.spec.version}"
+
+    def _facts(self) -> dict[str, Any]:
+        return {"model": self.spec.model, "version": self.spec.version, "replica": self.number}
+
+
+class VersionRunner:
+    """All replicas of one deployed version."""
+
+    def __init__(self, spec: VersionSpec, places: Places, tell: Tell) -> None:
+        self.spec = spec
+        self.samples = places.samples
+        self.stopping = False
+        places.samples.mkdir(parents=True, exist_ok=True)
+        self.replicas = [Replica(spec, number, places, tell) for number in range(spec.replicas)]
+
+    def begin(self, survivors: dict[str, list[Process]]) -> None:
+        """Starts the replicas; those that survived are taken over and removed from `survivors`."""
+        for replica in self.replicas:
+            found = survivors.pop(replica.what, [])
+            replica.begin(found[0] if found else None)
+            if found[1:]:
+                survivors[replica.what] = found[1:]
+
+    async def stop(self) -> None:
+        """Drains and ends all replicas."""
+        self.stopping = True
+        await asyncio.gather(*(replica.stop() for replica in self.replicas))
+
+    @property
+    def ready(self) -> int:
+        return sum(replica.ready for replica in self.replicas)
+
+    def status(self) -> dict[str, Any]:
+        why = next((replica.why for replica in self.replicas if replica.why), "")
+        return {
+            "digest": self.spec.digest,
+            "state": self._state(),
+            "why": why,
+            "replicas": [replica.status() for replica in self.replicas],
+            "samples": str(self.samples),
+        }
+
+    def _state(self) -> str:
+        if self.stopping:
+            return "stopping"
+        if all(replica.ready for replica in self.replicas):
+            return "ready"
+        if any(replica.failures >= FAILURES_UNTIL_FAILED for replica in self.replicas):
+            return "failed"
+        return "starting"
