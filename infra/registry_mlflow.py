@@ -32,6 +32,7 @@ from typing import Any
 
 from infra import rows
 from infra.inspector_onnx import OnnxInspector, single_file
+from infra.model_mlflow import onnx_within, save_model
 from tasks.ports import (
     BadInput,
     Bundle,
@@ -200,11 +201,11 @@ class MlflowRegistry:
             if root := found.tags.get(TAG + "artifacts"):
                 return self._download(f"{root}/model/model.onnx", work), None
             uri = self._client.get_model_version_download_uri(match["name"], number)
-            onnx = single_file(_onnx_within(self._download(uri, work), source), work)
+            onnx = single_file(onnx_within(self._download(uri, work), source), work)
             return onnx, str(number) if match["name"] == submission.model else None
         if match := _RUN_URI.match(source):
             self._client.get_run(match["run"])
-            return single_file(_onnx_within(self._download(source, work), source), work), None
+            return single_file(onnx_within(self._download(source, work), source), work), None
         if ":/" in source:
             raise BadInput(f"'{source}': a source is an .onnx file, models:/name/version or runs:/id/path")
         path = Path(source)
@@ -226,7 +227,7 @@ class MlflowRegistry:
     ) -> dict[str, str]:
         """Everything of the version but the version itself, in a run; returns the tags that lead there."""
         folder = work / "model"
-        _save_model(onnx, signature, files.get("expected"), folder)
+        save_model(onnx, signature, files.get("expected"), folder)
         run = self._client.create_run(
             self._experiment(submission.model),
             run_name=f"{submission.model} {digest[:8]}",
@@ -410,81 +411,6 @@ def _check_expected(files: Mapping[str, Path], signature: Signature) -> None:
 
 def _file_tags(files: Mapping[str, Path]) -> dict[str, str]:
     return {f"{TAG}file.{kind}": f"{kind}{path.suffix.lower()} {sha256_of(path)}" for kind, path in files.items()}
-
-
-def _onnx_within(found: Path, source: str) -> Path:
-    """The .onnx file of an MLflow model folder (or the file itself)."""
-    if found.is_file():
-        return found
-    description = found / "MLmodel"
-    if not description.is_file():
-        raise BadInput(f"{source}: holds no MLflow model (no MLmodel file)")
-    import yaml
-
-    flavors = (yaml.safe_load(description.read_text(encoding="utf-8")) or {}).get("flavors", {})
-    if "onnx" not in flavors:
-        raise BadInput(
-            f"{source}: is a model of {', '.join(flavors) or 'no'} flavour, not of mlflow.onnx; convert it to ONNX"
-        )
-    return found / str(flavors["onnx"].get("data", "model.onnx"))
-
-
-def _save_model(onnx: Path, signature: Signature, expected: Path | None, folder: Path) -> None:
-    """An mlflow.onnx model folder around exactly these bytes."""
-    import onnx as onnx_package
-    import onnxruntime
-
-    vendor = _vendor()
-    vendor.onnx.save_model(
-        onnx_package.load(onnx),
-        str(folder),
-        signature=_mlflow_signature(signature),
-        input_example=_example(signature, expected),
-        # Without it MLflow starts a process to find out what the model imports: 8 to 14 s.
-        pip_requirements=[f"onnxruntime=={onnxruntime.__version__}", f"onnx=={onnx_package.__version__}"],
-        onnx_execution_providers=["CPUExecutionProvider"],
-        save_as_external_data=False,
-    )
-    (folder / "model.onnx").write_bytes(onnx.read_bytes())
-
-
-def _mlflow_signature(signature: Signature) -> Any:
-    """MLflow's form of the signature; None where a type (bfloat16) has no NumPy form."""
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    if any(tensor.dtype not in rows.NUMPY_OF for tensor in (*signature.inputs, *signature.outputs)):
-        return None
-
-    def schema(tensors: Sequence[Tensor]) -> Any:
-        specs = []
-        for tensor in tensors:
-            dtype = np.dtype("str" if tensor.dtype == "BYTES" else rows.NUMPY_OF[tensor.dtype])
-            specs.append(TensorSpec(dtype, tensor.shape or (-1,), tensor.name))
-        return Schema(specs)
-
-    return ModelSignature(inputs=schema(signature.inputs), outputs=schema(signature.outputs))
-
-
-def _example(signature: Signature, expected: Path | None) -> dict[str, Any] | None:
-    """One row: the first of the expected ones, else zeros and empty strings."""
-    import numpy as np
-
-    if any(tensor.dtype not in rows.NUMPY_OF for tensor in signature.inputs):
-        return None
-    if expected is not None:
-        table = rows.read(expected, limit=1, text=rows.text_inputs(signature))
-        return rows.feeds(table, signature, expected)
-    made: dict[str, Any] = {}
-    for tensor in signature.inputs:
-        shape = tuple(max(1, size) for size in tensor.shape)
-        made[tensor.name] = (
-            np.full(shape, "", dtype=object)
-            if tensor.dtype == "BYTES"
-            else np.zeros(shape, rows.NUMPY_OF[tensor.dtype])
-        )
-    return made
 
 
 def _written(signature: Signature) -> str:
