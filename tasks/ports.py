@@ -154,11 +154,14 @@ class DataContract(Protocol):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where one replica of one version listens: `unix:/path` or `http://host:port`."""
+    """Where one replica of one version listens: `unix:/path` or `http://host:port`; and which number of its answer is
+    the prediction, as in `Deployment`."""
 
     model: str
     version: str
     url: str
+    prediction_output: str | None = None
+    prediction_column: int = -1
 
 
 @dataclass(frozen=True)
