@@ -190,7 +190,8 @@ def _post(state: Rollout, *effects: Effect) -> tuple[Effect, ...]:
 
 def _enter_stage(state: Rollout, event: Event, stage: int) -> Rollout:
     if stage >= len(state.terms.stops):
-        return _promote(state, event, "every gate passed" if state.stable else "first version; the checks passed")
+        passed = "every gate passed" if state.terms.stops else state.reason or "there is no stage to pass"
+        return _promote(state, event, passed if state.stable else "first version; the checks passed")
     stop = state.terms.stops[stage]
     route = Effect(Do.ROUTE, event.number, weight=stop.weight, shadow=stop.shadow)
     return _move(state, event, stop.phase, stage=stage, pending=(route,), epoch=event.number)

@@ -1,0 +1,43 @@
+# The two commands of the README, and what developers run. Everything happens in .venv, from the hashed lock file.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test unit lint install lock clean
+
+help: ## this text
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+demo: install ## a year of an airline's delay model: one good version, two bad ones, live traffic
+	@$(BIN)/lockgate demo $(ARGS)
+
+test: install lint unit ## everything that CI runs
+
+lint: install ## ruff, mypy --strict, the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: install ## the tests, real servers and the demo among them
+	$(BIN)/pytest $(ARGS)
+
+install: .venv/installed ## the virtual environment, from requirements.lock
+
+.venv/installed: requirements.lock pyproject.toml infra/ci/bootstrap.lock
+	@echo "Installing into .venv (once, about a minute) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else f"lockgate needs Python 3.11 or 3.12; this is {sys.version.split()[0]}; say: make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r infra/ci/bootstrap.lock
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+lock: install ## resolve anew after a change of pyproject.toml
+	$(BIN)/uv pip compile pyproject.toml --all-extras --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" -o requirements.lock
+	grep -E '^uv==' requirements.lock | sed 's/ .*//' | $(BIN)/uv pip compile - --generate-hashes --no-emit-index-url --no-header -o infra/ci/bootstrap.lock
+
+clean: ## the environment and everything built
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

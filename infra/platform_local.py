@@ -1,0 +1,282 @@
+"""The local platform: Prefect server, MLflow server and node agent as child processes, under one folder.
+
+PlatformError               a part could not be started; the message says which, why and where its log is
+└── PortBusy                somebody else listens there already
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+
+_READY_S = 120.0
+_STOP_S = 15.0
+
+SILENCE = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GX_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+}
+
+
+class PlatformError(Exception):
+    """A part of the platform could not be started or reached."""
+
+
+class PortBusy(PlatformError):
+    """Somebody else listens on the port."""
+
+    def __init__(self, part: str, port: int, option: str) -> None:
+        super().__init__(f"port {port} for {part} is in use; free it, or choose another with {option}")
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the parts of a platform are; written to `platform.json` once all are ready."""
+
+    home: str
+    prefect_port: int
+    mlflow_port: int
+    gateway_port: int
+    pid: int = 0
+    started: float = 0.0
+
+    @property
+    def prefect(self) -> str:
+        return f"http://127.0.0.1:{self.prefect_port}"
+
+    @property
+    def mlflow(self) -> str:
+        return f"http://127.0.0.1:{self.mlflow_port}"
+
+    @property
+    def gateway(self) -> str:
+        return f"http://127.0.0.1:{self.gateway_port}"
+
+    @property
+    def agent_home(self) -> Path:
+        return Path(self.home) / "agent"
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def running(home: Path) -> Addresses | None:
+    """The platform that runs in the folder, if one does: its supervisor is alive and is the one that wrote the file."""
+    file = home / "platform.json"
+    try:
+        addresses = Addresses(**json.loads(file.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as exc:
+        raise PlatformError(f"{file} cannot be read: {exc}; stop what runs there and delete the file") from exc
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if abs(psutil.Process(addresses.pid).create_time() - addresses.started) < 1.0:
+            return addresses
+    return None
+
+
+def _die_with_parent() -> None:
+    """Linux sends the child SIGTERM when its parent dies, however that happens (prctl(2), PR_SET_PDEATHSIG = 1)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+@dataclass
+class Part:
+    """One server process: how it is started, and the URL that answers once it is ready."""
+
+    name: str
+    command: list[str]
+    env: dict[str, str]
+    ready: Callable[[], bool]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    restarts: int = 0
+    restart_at: float = 0.0
+
+    def start(self) -> None:
+        with self.log.open("ab") as sink:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **SILENCE, **self.env},
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+
+    def stop(self) -> None:
+        """Asks, waits, then insists; the part's own children go with it."""
+        process = self.process
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        return lines[-1] if lines else "it said nothing"
+
+
+@dataclass
+class LocalPlatform:
+    """Starts, supervises and stops the parts. Use as a context manager, or `start` and `stop`."""
+
+    home: Path
+    prefect_port: int = 4200
+    mlflow_port: int = 5000
+    gateway_port: int = 8080
+    parts: list[Part] = field(default_factory=list)
+
+    def start(self, progress: Callable[[str], None] = lambda _text: None) -> Addresses:
+        """All parts are ready when this returns. Raises PlatformError; whatever had started is stopped again."""
+        already = running(self.home)
+        if already is not None:
+            raise PlatformError(f"a platform runs in {self.home} already (process {already.pid}); see: lockgate status")
+        self._check_ports()
+        (self.home / "logs").mkdir(parents=True, exist_ok=True)
+        self.home.chmod(0o700)
+        self.parts = [self._prefect(), self._mlflow(), self._agent()]
+        try:
+            for part in self.parts:
+                part.start()
+            for part in self.parts:
+                self._await(part)
+                progress(f"{part.name} is ready")
+        except BaseException:
+            self.stop()
+            raise
+        addresses = self.addresses()
+        partial = self.home / "platform.json.part"
+        partial.write_text(json.dumps(asdict(addresses)))
+        partial.rename(self.home / "platform.json")
+        return addresses
+
+    def addresses(self) -> Addresses:
+        me = psutil.Process()
+        ports = (self.prefect_port, self.mlflow_port, self.gateway_port)
+        return Addresses(str(self.home), *ports, pid=me.pid, started=me.create_time())
+
+    def supervise(self) -> Iterator[str]:
+        """Once a call: restarts parts that died (with back-off), and yields a line for each."""
+        for part in self.parts:
+            if part.process is None or part.process.poll() is None:
+                continue
+            now = time.monotonic()
+            if part.restart_at == 0.0:
+                delay = min(2.0**part.restarts * 0.2, 30.0)
+                part.restart_at = now + delay
+                code = part.process.returncode
+                yield f"{part.name} ended with code {code} ({part.last_words()}); again in {delay:.1f} s"
+            elif now >= part.restart_at:
+                part.restarts, part.restart_at = part.restarts + 1, 0.0
+                part.start()
+                yield f"{part.name} was started again"
+
+    def stop(self) -> None:
+        """Nothing is left running; the data stays."""
+        for part in reversed(self.parts):
+            part.stop()
+        (self.home / "platform.json").unlink(missing_ok=True)
+
+    def _check_ports(self) -> None:
+        for part, port, option in (
+            ("Prefect", self.prefect_port, "--prefect-port"),
+            ("MLflow", self.mlflow_port, "--mlflow-port"),
+            ("the gateway", self.gateway_port, "--gateway-port"),
+        ):
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError as exc:
+                    raise PortBusy(part, port, option) from exc
+
+    def _await(self, part: Part) -> None:
+        limit = time.monotonic() + _READY_S
+        while time.monotonic() < limit:
+            if part.process is not None and part.process.poll() is not None:
+                raise PlatformError(f"{part.name} did not start: {part.last_words()} (log: {part.log})")
+            if part.ready():
+                return
+            time.sleep(0.1)
+        raise PlatformError(f"{part.name} was not ready after {_READY_S:.0f} s (log: {part.log})")
+
+    def _part(self, name: str, command: list[str], ready: Callable[[], bool], env: dict[str, str]) -> Part:
+        return Part(name, [sys.executable, *command], env, ready, self.home / "logs" / f"{name.lower()}.log")
+
+    def _prefect(self) -> Part:
+        return self._part(
+            "Prefect",
+            ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.prefect_port)],
+            _answers(f"http://127.0.0.1:{self.prefect_port}/api/health"),
+            {
+                "PREFECT_HOME": str(self.home / "prefect"),
+                "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self.home / 'prefect.db'}",
+            },
+        )
+
+    def _mlflow(self) -> Part:
+        store = [f"--backend-store-uri=sqlite:///{self.home / 'mlflow.db'}"]
+        artifacts = ["--serve-artifacts", f"--artifacts-destination={self.home / 'artifacts'}", "--workers=1"]
+        return self._part(
+            "MLflow",
+            ["-m", "mlflow", "server", "--host=127.0.0.1", f"--port={self.mlflow_port}", *store, *artifacts],
+            _answers(f"http://127.0.0.1:{self.mlflow_port}/health"),
+            {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        )
+
+    def _agent(self) -> Part:
+        home = self.home / "agent"
+        return self._part(
+            "Agent",
+            ["-m", "serving.agent", "--home", str(home), "--gateway-port", str(self.gateway_port)],
+            lambda: _agent_ready(home),
+            {},
+        )
+
+
+def _answers(url: str) -> Callable[[], bool]:
+    def ready() -> bool:
+        try:
+            return httpx.get(url, timeout=2.0).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    return ready
+
+
+def _agent_ready(home: Path) -> bool:
+    from infra.agent_client import AgentClient, AgentError
+
+    try:
+        return bool(AgentClient(home).status()["gateway"]["ready"])
+    except AgentError:
+        return False

@@ -1,0 +1,125 @@
+"""A policy in sentences, defaults included: what it will do, for the person who has to trust it."""
+
+from __future__ import annotations
+
+from policies.policy import Benchmark, Gates, Policy, RolloutPolicy, Validate
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them: 90 s, 5 min, 2 h."""
+    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:g} {unit}"
+    return f"{seconds:g} s"
+
+
+def explain(policy: Policy) -> list[str]:
+    """One line per rule, in the order in which a version meets them."""
+    target = policy.target
+    whom = f"model {policy.model}" if policy.model else "any model"
+    replicas = f"{target.replicas} replica{'s' if target.replicas > 1 else ''}"
+    return [
+        f"Policy {policy.name}, for {whom}, on target {target.kind} ({target.hardware}, {replicas}).",
+        "",
+        "Before any traffic:",
+        *(f"  - {line}" for line in (*_checks(policy.checks), *_benchmark(policy.benchmark))),
+        "",
+        "On live traffic:",
+        *(f"  {number}. {line}" for number, line in enumerate(_stages(policy.rollout), 1)),
+        "",
+        "At every look:",
+        *(f"  - {line}" for line in (*_gates(policy.rollout.gates), *_limits(policy.rollout))),
+    ]
+
+
+def _checks(checks: Validate) -> list[str]:
+    quality = checks.quality
+    lines = ["The file must be a sound ONNX model that loads and answers in the real model server."]
+    lines.append(f"Its answers must be those of the training framework, to within {checks.parity_tolerance:g}.")
+    lines.append("Its signature must be the champion's.")
+    if checks.data:
+        lines.append(f"The validation rows must meet the expectations in {checks.data}.")
+    rows = checks.rows or "the rows that come with the version"
+    lines.append(
+        f"Quality ({quality.metric} of '{checks.label}' on {rows}) must be shown not to be worse than the champion's"
+        f" by more than {quality.margin:g}, with confidence {quality.confidence:g}."
+    )
+    if quality.minimum is not None:
+        lines.append(f"Quality must in any case be {quality.minimum:g} or better.")
+    for column in checks.slices:
+        lines.append(
+            f"The same for each value of '{column}' with at least {checks.slice_rows_min} rows,"
+            f" with a margin of {checks.slice_margin:g}."
+        )
+    return lines
+
+
+def _benchmark(benchmark: Benchmark) -> list[str]:
+    slo = benchmark.slo
+    bars = [
+        (slo.latency_ms_p99, "99 % of requests within {:g} ms"),
+        (slo.throughput_rps_min, "at least {:g} requests a second"),
+        (slo.memory_mb_max, "at most {:g} MB of memory"),
+        (slo.load_s_max, "loaded within {:g} s"),
+    ]
+    lines = [f"On the target's hardware: {text.format(bar)}." for bar, text in bars if bar is not None]
+    lines.append(
+        f"Not slower than the champion by more than {100 * benchmark.regression_max:g} %,"
+        f" measured side by side for {duration(benchmark.duration)}."
+    )
+    return lines
+
+
+def _stages(rules: RolloutPolicy) -> list[str]:
+    lines = []
+    for stage in rules.stages:
+        if stage.canary:
+            what = f"{stage.canary.weight} % of the live traffic goes to the candidate"
+        else:
+            what = f"copies of {round(100 * stage.share)} % of the live requests go to the candidate, answers unused"
+        lines.append(f"{what}, for at least {duration(stage.length_s)}.")
+    lines.append(
+        f"All traffic goes to the candidate; it is watched for {duration(rules.watch.length)}"
+        f" against copies of {round(100 * rules.watch.shadow)} % sent to the former version, which stays warm."
+    )
+    lines.append("The former version is stopped. The candidate is the champion.")
+    return lines
+
+
+def _gates(gates: Gates) -> list[str]:
+    lines = []
+    if gates.errors:
+        lines.append(f"errors: the candidate may not fail more often than the stable version by {gates.errors.margin}.")
+    if gates.latency:
+        lines.append(
+            f"latency: the share of requests over {gates.latency.slo_ms:g} ms may not be larger"
+            f" by {gates.latency.margin}."
+        )
+    if gates.drift:
+        columns = ", ".join(gates.drift.columns)
+        lines.append(
+            f"drift: {columns} may not differ by a {gates.drift.method} distance of {gates.drift.threshold:g}."
+        )
+    if gates.disagreement:
+        lines.append(
+            f"disagreement: in shadow, at most {100 * gates.disagreement.margin:g} % of the answers may differ"
+            f" by more than {gates.disagreement.tolerance:g}."
+        )
+    return lines or ["No gate is asked: nothing can pass a stage but a person's word."]
+
+
+def _limits(rules: RolloutPolicy) -> list[str]:
+    then = "the rollout goes back" if rules.on_exhausted == "rollback" else "the rollout pauses for a person"
+    conflict = {
+        "queue": "waits for its turn",
+        "supersede": "takes the older one's place",
+        "reject": "is turned away",
+    }
+    return [
+        f"It looks every {duration(rules.look_every)}; a shown harm rolls back at once, and quarantines the bytes.",
+        f"A stage that lacks evidence waits {duration(rules.patience)} longer; then {then}.",
+        f"A source of evidence may be down for {duration(rules.grace)} before that counts.",
+        f"If nobody renews it for {duration(rules.lease)}, the candidate's traffic goes back by itself.",
+        f"A good version is rolled back in at most {100 * rules.error_budget:g} % of rollouts.",
+        f"Another version that arrives meanwhile {conflict[rules.on_conflict]}.",
+    ]
