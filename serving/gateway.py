@@ -91,6 +91,11 @@ def arm_name(model: str, version: str, stable: str | None) -> str:
     return f"arm/{_escaped(model)}/{_escaped(version)}+{_escaped(stable or version)}"
 
 
+def arm_pattern(model: str, version: str) -> str:
+    """A regular expression (RE2) for the names of the version's arms, whatever the stable version beside it."""
+    return rf"arm/{_escaped(model)}/{_escaped(version)}\+[^.]*"
+
+
 def _escaped(part: str) -> str:
     return quote(part, safe="-_").replace(".", "%2E").replace("~", "%7E")
 
@@ -354,12 +359,20 @@ def _listener(settings: GatewaySettings, folder: PurePath) -> _Json:
         "common_http_protocol_options": {"idle_timeout": "300s", "headers_with_underscores_action": "REJECT_REQUEST"},
         "http_filters": [
             {
+                # Whole bodies only, bounded: what has been buffered can be sent a second time; beyond it is 413.
+                "name": "envoy.filters.http.buffer",
+                "typed_config": {
+                    "@type": _TYPE + "envoy.extensions.filters.http.buffer.v3.Buffer",
+                    "max_request_bytes": settings.body_bytes_max,
+                },
+            },
+            {
                 "name": "envoy.filters.http.router",
                 "typed_config": {
                     "@type": _TYPE + "envoy.extensions.filters.http.router.v3.Router",
                     "suppress_envoy_headers": True,
                 },
-            }
+            },
         ],
     }
     if settings.access_log is not None:

@@ -209,7 +209,10 @@ class Replica:
         self._tell("replica-ended", f"{self._name()} {self.why}", **self._facts())
 
     def _back_off(self) -> float:
-        return float(min(BACK_OFF_S * 2 ** max(0, self.failures - 1), BACK_OFF_S_MAX))
+        """Nothing after the first failure: somebody is waiting. Then doubling."""
+        if self.failures <= 1:
+            return 0.0
+        return float(min(BACK_OFF_S * 2 ** (self.failures - 2), BACK_OFF_S_MAX))
 
     def _name(self) -> str:
         return f"replica {self.number} of {self.spec.model} version {self.spec.version}"

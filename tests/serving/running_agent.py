@@ -136,6 +136,18 @@ class RunningAgent:
     def version(self, version: str, model: str = "m") -> dict[str, Any]:
         return dict(self.client.status()["models"][model]["versions"][version])
 
+    def kill_server(self, version: str, model: str = "m") -> int:
+        """SIGKILL to the version's first replica; returns once another one is ready in its place."""
+        pid = int(self.version(version, model)["replicas"][0]["pid"])
+        os.kill(pid, signal.SIGKILL)
+
+        def replaced() -> bool:
+            replica = self.version(version, model)["replicas"][0]
+            return bool(replica["ready"] and replica["pid"] != pid)
+
+        until(replaced, f"version {version} is back")
+        return pid
+
     def route(self, stable: str | None, candidate: str | None = None, **fields: Any) -> None:
         model = fields.pop("model", "m")
         self.client.set_route(Route(model, stable, candidate, **fields))

@@ -1,0 +1,72 @@
+"""The rows that a version's servers sampled, read from their Arrow segments.
+
+A segment is an Arrow IPC file, complete as soon as it has its name; the servers delete the oldest ones at any moment.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks.ports import PortError
+
+ROWS_MAX = 50_000
+
+
+class SampledRows:
+    """The samples under an agent's home."""
+
+    def __init__(self, agent_home: Path) -> None:
+        self._folder = agent_home / "samples"
+
+    def read(self, model: str, version: str, since: float, rows_max: int = ROWS_MAX) -> pa.Table:
+        """The newest `rows_max` rows answered at or after `since` (POSIX seconds), oldest first.
+
+        Columns: request_id, row, time, in.*, prediction, status. Without any rows the table has no columns.
+        Raises PortError if the folder cannot be read, or if a segment is no Arrow file.
+        """
+        tables: list[pa.Table] = []
+        rows = 0
+        for segment in self._newest_first(model, version, since):
+            table = _rows_since(segment, since)
+            if table is None or table.num_rows == 0:
+                continue
+            tables.append(table)
+            rows += table.num_rows
+            if rows >= 2 * rows_max:  # replicas' segments overlap in time: some more, then the newest of them
+                break
+        if not tables:
+            return pa.table({})
+        merged = pa.concat_tables(tables, promote_options="default").sort_by("time")
+        return merged.slice(max(0, merged.num_rows - rows_max))
+
+    def _newest_first(self, model: str, version: str, since: float) -> list[Path]:
+        """The segments that can hold rows since then, by the time at which they were completed."""
+        folder = self._folder / quote(model, safe="") / quote(version, safe="")
+        dated: list[tuple[float, Path]] = []
+        try:
+            for path in folder.glob("*.arrow"):
+                try:
+                    completed = path.stat().st_mtime
+                except FileNotFoundError:
+                    continue  # deleted just now, as the oldest are
+                if completed >= since - 1.0:  # file systems' clocks are coarser than ours
+                    dated.append((completed, path))
+        except OSError as exc:
+            raise PortError(f"the samples in {folder} cannot be read: {exc.strerror or exc}") from exc
+        return [path for _, path in sorted(dated, reverse=True)]
+
+
+def _rows_since(segment: Path, since: float) -> pa.Table | None:
+    """The segment's rows since then; None if it has vanished meanwhile."""
+    try:
+        with pa.memory_map(str(segment)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        return table.filter(pc.greater_equal(table["time"], since))
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowException, OSError, KeyError) as exc:
+        raise PortError(f"the samples in {segment} cannot be read: {exc}") from exc
