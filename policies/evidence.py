@@ -36,7 +36,8 @@ class ColumnDrift:
     """One column compared between two concurrent windows.
 
     `statistic` is the named `method`'s distance, `p_value` that of the permutation test for the same statistic,
-    `missing_stable` and `missing_candidate` the shares of missing or non-finite values.
+    `missing_stable` and `missing_candidate` the shares of missing or non-finite values. `high` is an upper limit of the
+    distance (99 %), None where the detector gives none.
     """
 
     column: str
@@ -45,6 +46,7 @@ class ColumnDrift:
     p_value: float
     missing_stable: float = 0.0
     missing_candidate: float = 0.0
+    high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,16 @@ import re
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)$")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -146,17 +155,57 @@ class Stage(_Strict):
         return body.length
 
 
+_RATIO = re.compile(r"^(\d+(?:\.\d+)?)\s*x$")
+
+
+def _margin(value: object) -> float | str:
+    """A tolerated difference of two rates (0.005) or a ratio ("2x")."""
+    if isinstance(value, str):
+        match = _RATIO.match(value.strip())
+        if match is None:
+            raise ValueError(f"'{value}' is no margin; write a difference like 0.005, or a ratio like 2x")
+        if not 1.0 < float(match[1]) <= 100.0:
+            raise ValueError(f"'{value}' is no ratio to tolerate; it must be above 1x, and 100x at most")
+        return f"{float(match[1]):g}x"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("a margin is a difference like 0.005, or a ratio like 2x")
+    if not 0.0 < value <= 0.5:
+        raise ValueError(f"{value} is no difference of rates to tolerate; it must be above 0, and 0.5 at most")
+    return float(value)
+
+
+Tolerated = Annotated[
+    float | str,
+    PlainValidator(
+        _margin,
+        json_schema_input_type=Annotated[float, Field(gt=0, le=0.5)] | Annotated[str, Field(pattern=_RATIO.pattern)],
+    ),
+]
+
+
 class Errors(_Strict):
     """Does the candidate fail more often?"""
 
-    margin: Positive = Field(0.005, description="Tolerated difference of the error rates: 0.005 is half a point.")
+    margin: Tolerated = Field(
+        0.005,
+        description="Tolerated difference of the error rates (0.005 is half a point), or a ratio: 2x is twice the "
+        "stable version's rate and `floor`.",
+    )
+    floor: Share = Field(
+        0.001, description="With a ratio: so much more is tolerated in any case, even beside no error."
+    )
+    cluster: int = Field(1, ge=1, le=1000, description="Errors that one cause makes at once; they count as one.")
 
 
 class Latency(_Strict):
     """Are more requests slower than the SLO?"""
 
     slo_ms: Positive
-    margin: Positive = Field(0.01, description="Tolerated difference of the shares beyond `slo_ms`.")
+    margin: Tolerated = Field(
+        0.01, description="Tolerated difference of the shares beyond `slo_ms`, or a ratio: 2x is twice, and `floor`."
+    )
+    floor: Share = Field(0.001, description="With a ratio: so much more is tolerated in any case.")
+    cluster: int = Field(1, ge=1, le=1000, description="Slow requests that one cause makes at once; they count as one.")
 
 
 class Drifting(_Strict):
