@@ -1,0 +1,206 @@
+"""Requests and answers of the Open Inference Protocol v2: bytes in, tensors out, and back. No I/O.
+
+JSON tensors and the binary tensor data extension (header `Inference-Header-Content-Length`) in both directions.
+Every other form (`protocol_tfserving`, `protocol_mlflow`) makes the same `Call` of its own bytes.
+Source: https://github.com/kserve/open-inference-protocol and Triton's extension_binary_data.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from serving.errors import Malformed, OffContract
+from serving.model import Feeds, Signature
+from serving.tensors import BY_NUMPY, Array, Tensor, from_bytes, from_json, to_bytes, to_json
+
+JSON = b"application/json"
+BINARY = b"application/octet-stream"
+_FLAT = orjson.OPT_SERIALIZE_NUMPY
+_DIMENSION_MAX = 2**40
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer's body. `header_length`: how many of its bytes are JSON, where raw tensors follow."""
+
+    body: bytes
+    content_type: bytes = JSON
+    header_length: int | None = None
+
+
+@dataclass(slots=True)
+class Call:
+    """One inference that a client asks for, in no particular protocol.
+
+    `id` is the client's own, or empty. `encode` turns the outputs (in the signature's order) into its answer.
+    """
+
+    id: str
+    feeds: Feeds
+    rows: int
+    encode: Callable[[list[Array]], Reply]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who answers: the model and version as the clients know them, and the model's signature."""
+
+    model: str
+    version: str
+    signature: Signature
+
+
+def parse(body: bytes | memoryview) -> dict[str, Any]:
+    """The JSON object in `body`. Raises Malformed."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        raise Malformed(f"the body is not JSON: {exc}") from None
+    except RecursionError:
+        raise Malformed("the body is nested too deeply") from None
+    if type(value) is not dict:
+        raise Malformed(f"the body must be a JSON object, not {_kind(value)}")
+    return value
+
+
+class InferenceProtocol:
+    """The codec for one model. Made once; holds what does not change from request to request."""
+
+    def __init__(self, who: Identity) -> None:
+        self._who = who
+        self._inputs = {spec.name: spec for spec in who.signature.inputs}
+        self._outputs = {spec.name: at for at, spec in enumerate(who.signature.outputs)}
+        self._names = [spec.name for spec in who.signature.outputs]
+        self._all = [(at, False) for at in range(len(self._names))]
+
+    def decode(self, body: bytes, header_length: int | None = None) -> Call:
+        """The call that `body` asks for; with `header_length`, raw tensors follow after that many bytes of JSON.
+
+        Raises Malformed or OffContract.
+        """
+        raw = memoryview(b"")
+        if header_length is None:
+            asked = parse(body)
+        else:
+            if not 0 <= header_length <= len(body):
+                raise Malformed(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
+            whole = memoryview(body)
+            asked, raw = parse(whole[:header_length]), whole[header_length:]
+        call_id = asked.get("id", "")
+        if type(call_id) is not str:
+            raise Malformed(f"'id' must be a string, not {_kind(call_id)}")
+        feeds = self._feeds(asked.get("inputs"), raw)
+        wanted = self._wanted(asked)
+        rows = self._who.signature.rows(feeds)
+        return Call(call_id, feeds, rows, lambda outputs: self._encode(call_id, wanted, outputs))
+
+    def error(self, message: str) -> bytes:
+        """The body of an answer that says no."""
+        return orjson.dumps({"error": message})
+
+    def _feeds(self, inputs: object, raw: memoryview) -> Feeds:
+        if type(inputs) is not list:
+            raise Malformed(f"'inputs' must be a list of tensors, not {_kind(inputs)}")
+        feeds: Feeds = {}
+        for tensor in inputs:
+            if type(tensor) is not dict:
+                raise Malformed(f"an input must be an object, not {_kind(tensor)}")
+            name = tensor.get("name")
+            spec = self._inputs.get(name) if type(name) is str else None
+            if spec is None:
+                raise OffContract(str(name)[:100], f"one of {', '.join(self._inputs)}", "this name")
+            if spec.name in feeds:
+                raise spec.refuse("to be given once", "it twice")
+            feeds[spec.name], raw = _input(spec, tensor, raw)
+        if len(feeds) != len(self._inputs):
+            missing = next(spec for name, spec in self._inputs.items() if name not in feeds)
+            raise missing.refuse(f"{missing.datatype.name} of shape {missing.wire_shape}", "nothing: it is missing")
+        if len(raw):
+            raise Malformed(f"{len(raw)} bytes of tensor data belong to no input")
+        return feeds
+
+    def _wanted(self, asked: Mapping[str, Any]) -> list[tuple[int, bool]]:
+        """Which outputs are asked for, each with whether raw bytes are."""
+        parameters = _parameters(asked)
+        binary = parameters.get("binary_data_output", False) is True
+        outputs = asked.get("outputs")
+        if not outputs:
+            return [(at, True) for at, _ in self._all] if binary else self._all
+        if type(outputs) is not list:
+            raise Malformed(f"'outputs' must be a list, not {_kind(outputs)}")
+        wanted = []
+        for output in outputs:
+            name = output.get("name") if type(output) is dict else None
+            at = self._outputs.get(name) if type(name) is str else None
+            if at is None:
+                raise Malformed(f"output '{str(name)[:100]}' is not one of {', '.join(self._outputs)}")
+            details = _parameters(output)
+            if "classification" in details or "shared_memory_region" in details:
+                raise Malformed(f"output '{name}': classification and shared memory are not offered here")
+            wanted.append((at, details.get("binary_data", binary) is True))
+        if len(wanted) > len({at for at, _ in wanted}):
+            raise Malformed("an output is asked for twice")
+        return wanted
+
+    def _encode(self, call_id: str, wanted: Sequence[tuple[int, bool]], outputs: list[Array]) -> Reply:
+        answer: dict[str, Any] = {"model_name": self._who.model, "model_version": self._who.version}
+        if call_id:
+            answer["id"] = call_id
+        tensors: list[dict[str, Any]] = []
+        raws: list[bytes] = []
+        for at, binary in wanted:
+            values = outputs[at]
+            tensor: dict[str, Any] = {
+                "name": self._names[at],
+                "datatype": BY_NUMPY[values.dtype].name,
+                "shape": list(values.shape),
+            }
+            if binary:
+                raws.append(to_bytes(values))
+                tensor["parameters"] = {"binary_data_size": len(raws[-1])}
+            else:
+                tensor["data"] = to_json(values.reshape(-1))
+            tensors.append(tensor)
+        answer["outputs"] = tensors
+        head = orjson.dumps(answer, option=_FLAT)
+        if not raws:
+            return Reply(head)
+        return Reply(b"".join((head, *raws)), BINARY, len(head))
+
+
+def _input(spec: Tensor, tensor: Mapping[str, Any], raw: memoryview) -> tuple[Array, memoryview]:
+    """One input's values, and what is left of the raw bytes after it."""
+    if tensor.get("datatype") != spec.datatype.name:
+        raise spec.refuse(f"datatype {spec.datatype.name}", tensor.get("datatype"))
+    shape = tensor.get("shape")
+    if type(shape) is not list or not all(type(length) is int and 0 <= length < _DIMENSION_MAX for length in shape):
+        raise spec.refuse("a shape: a list of lengths", shape)
+    spec.check_shape(shape)
+    if "parameters" not in tensor:
+        return from_json(spec, shape, tensor.get("data")), raw
+    parameters = _parameters(tensor)
+    if "shared_memory_region" in parameters:
+        raise spec.refuse("its data in the request", "a shared memory region, which is not offered here")
+    size = parameters.get("binary_data_size")
+    if size is None:
+        return from_json(spec, shape, tensor.get("data")), raw
+    if type(size) is not int or not 0 <= size <= len(raw):
+        raise spec.refuse(f"a binary_data_size of at most the {len(raw)} bytes left", size)
+    return from_bytes(spec, shape, raw[:size]), raw[size:]
+
+
+def _parameters(holder: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters = holder.get("parameters") or {}
+    if type(parameters) is not dict:
+        raise Malformed(f"'parameters' must be an object, not {_kind(parameters)}")
+    return parameters
+
+
+def _kind(value: object) -> str:
+    """What JSON calls a value of this type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
