@@ -8,11 +8,12 @@ PortError                   could not look, or could not do: worth another try
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from policies.audit import Head
 from policies.evidence import Counts, Drift, Pairs
 from policies.traffic import Route
 from policies.verdict import GateReport
@@ -145,6 +146,22 @@ class ContractResult:
     breaches: tuple[ContractBreach, ...]
 
 
+class Rows(Protocol):
+    """Reads the columns of row files that the checks need. All raise BadInput naming the file and what is wrong."""
+
+    def label(self, path: Path, name: str) -> Sequence[float]:
+        """The truth of each row, finite."""
+
+    def prediction(self, path: Path) -> Sequence[float]:
+        """The training framework's own prediction of each row."""
+
+    def groups(self, path: Path, name: str) -> Sequence[str]:
+        """The column's value on each row, as text."""
+
+    def fits(self, path: Path, signature: Signature, label: str | None) -> None:
+        """Returns if the file has all that the model takes."""
+
+
 class DataContract(Protocol):
     """Checks rows against a suite of expectations."""
 
@@ -272,18 +289,39 @@ class Entry:
     hash: str
 
 
+@dataclass(frozen=True)
+class Quarantine:
+    """Bytes that are not to serve: since when, why, and which rollout found out."""
+
+    digest: str
+    reason: str
+    rollout: str
+    since: float
+
+
 class Ledger(Protocol):
     """The events of all rollouts, append-only. A rollout's state is their fold; nothing else is stored."""
 
     def append(self, rollout: str, sequence: int, at: float, actor: str, kind: str, body: Mapping[str, Any]) -> Entry:
-        """The entry, once it is durable. Raises Refused if the rollout has an entry of that sequence already
-        (somebody else writes it, too)."""
+        """The entry, once it is durable. Raises Refused if `sequence` is not the rollout's next (they count from 1):
+        somebody else writes it, too. BadInput for a body that JSON cannot hold (NaN and infinity are kept)."""
 
-    def read(self, rollout: str) -> list[Entry]:
-        """The rollout's entries in order; none for an unknown one."""
+    def read(self, rollout: str, after: int = 0) -> list[Entry]:
+        """The rollout's entries in order, those after the sequence `after`; none for an unknown one."""
 
     def rollouts(self, model: str | None = None, active: bool = False) -> list[str]:
         """The rollouts, newest first: of one model, or only those not ended."""
+
+    def unsettled(self) -> list[str]:
+        """The rollouts for which something is left to be done, newest first: not ended, or ended with effects still
+        asked for."""
+
+    def head(self) -> Head:
+        """Where the ledger ends now."""
+
+    def lines(self, after: int = 0) -> Iterator[bytes]:
+        """The entries after the number `after`, each as the line of `policies.audit`, exactly as it is stored:
+        what `verify` checks and `export` exports."""
 
     def claim(self, model: str, target: str, rollout: str) -> str:
         """Makes it the active rollout of the model on the target; returns the active one's id, which is another's
@@ -297,6 +335,13 @@ class Ledger(Protocol):
 
     def quarantined(self, digest: str) -> str | None:
         """Why the bytes are in quarantine; None if they are not."""
+
+    def quarantines(self) -> list[Quarantine]:
+        """What is in quarantine now, oldest first."""
+
+    def lift(self, digest: str, reason: str, actor: str) -> None:
+        """The bytes may serve again; who said so, and why, is kept. Raises NotThere if they are not in quarantine,
+        BadInput without a reason."""
 
 
 @dataclass(frozen=True)
@@ -323,15 +368,43 @@ class Clock(Protocol):
 
 
 @dataclass(frozen=True)
+class Story:
+    """A rollout as it is told: what was checked, each look, each move; all of it from the ledger."""
+
+    rollout: str
+    model: str
+    version: str
+    baseline: str | None
+    outcome: str
+    reason: str
+    started: float
+    ended: float
+    looks: Sequence[Look] = ()
+    checks: Sequence[GateReport] = ()
+    events: Sequence[tuple[float, str, str]] = ()
+    candidate_requests: int = 0
+    candidate_errors: int = 0
+
+
+class Reporter(Protocol):
+    """Makes a page of a story."""
+
+    def write(self, story: Story, path: Path) -> Path:
+        """A self-contained HTML page at the path."""
+
+
+@dataclass(frozen=True)
 class Ports:
     """One adapter per port: what a flow is given to work with. `flows.wiring` makes it."""
 
     registry: Registry
     inspector: Inspector
+    rows: Rows
     contract: DataContract
     probe: Probe
     target: Target
     router: Router
     telemetry: Telemetry
     ledger: Ledger
+    reporter: Reporter
     clock: Clock

@@ -1,0 +1,376 @@
+"""The ledger on SQLite (by default) or PostgreSQL.
+
+An append takes the ledger's lock, reads the last entry, and writes the next one; it is on disk when it returns
+(SQLite: WAL with synchronous=FULL; PostgreSQL: synchronous_commit). Whoever waits for the lock, or for a statement,
+waits a limited time, and a PostgreSQL session that stops in the middle of an append is ended by the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+
+from infra import ledger_schema as schema
+from policies import audit, quarantine
+from policies.audit import Head
+from policies.events import from_body
+from policies.rollout import Rollout, fold
+from tasks.ports import BadInput, Entry, NotThere, PortError, Quarantine, Refused
+
+_WAIT_S = 10.0
+_STATEMENT_S = 60.0
+_PAGE = 1000  # entries read at a time when all are read
+_TRIES = 20
+_LOCK = 0x10C4_6A7E  # of the ledger, among PostgreSQL's advisory locks
+
+
+class SqlLedger:
+    """`tasks.ports.Ledger` on `sqlite:///path` or `postgresql://user@host/database`.
+
+    `now` dates what comes without a time of its own (quarantines). Safe to share between threads.
+    """
+
+    def __init__(self, url: str, now: Callable[[], float] = time.time) -> None:
+        self._engine = _engine(url)
+        self._writing = self._engine.execution_options(writes=True)
+        self._where = self._engine.url.render_as_string(hide_password=True)
+        self._now = now
+        self._made = False
+        self._making = threading.Lock()
+
+    def close(self) -> None:
+        """Gives the connections back. The ledger can still be used; it connects anew."""
+        self._engine.dispose()
+
+    # ------------------------------------------------------------ entries
+
+    def append(self, rollout: str, sequence: int, at: float, actor: str, kind: str, body: Mapping[str, Any]) -> Entry:
+        text, again = _usable(rollout, at, actor, kind, body)
+        with self._write() as connection:
+            there = self._last_sequence(connection, rollout)
+            if sequence != there + 1:
+                raise Refused(f"{rollout}: entry {sequence} cannot be written, the next one is {there + 1}")
+            return self._insert(connection, rollout, sequence, at, actor, kind, text, again)
+
+    def read(self, rollout: str, after: int = 0) -> list[Entry]:
+        table = schema.entries
+        wanted = sa.select(table).where(table.c.rollout == rollout, table.c.sequence > after)
+        with self._read() as connection:
+            return [_entry(row) for row in connection.execute(wanted.order_by(table.c.sequence))]
+
+    def head(self) -> Head:
+        with self._read() as connection:
+            return self._head(connection)
+
+    def lines(self, after: int = 0) -> Iterator[bytes]:
+        table = schema.entries
+        while True:
+            page = sa.select(table).where(table.c.number > after).order_by(table.c.number).limit(_PAGE)
+            with self._read() as connection:
+                rows = connection.execute(page).all()
+            for row in rows:
+                yield _line(row)
+            if len(rows) < _PAGE:
+                return
+            after = rows[-1].number
+
+    def _insert(
+        self,
+        connection: sa.Connection,
+        rollout: str,
+        sequence: int,
+        at: float,
+        actor: str,
+        kind: str,
+        text: str,
+        again: Mapping[str, Any],
+    ) -> Entry:
+        head = self._head(connection)
+        number = head.number + 1
+        own = audit.seal(audit.line(number, rollout, sequence, at, actor, kind, text, head.hash))
+        row = {
+            "number": number,
+            "rollout": rollout,
+            "sequence": sequence,
+            "at": float(at),
+            "actor": actor,
+            "kind": kind,
+            "body": text,
+            "previous_hash": head.hash,
+            "hash": own,
+        }
+        connection.execute(sa.insert(schema.entries).values(row))
+        return Entry(number, rollout, sequence, float(at), actor, kind, again, head.hash, own)
+
+    def _head(self, connection: sa.Connection) -> Head:
+        table = schema.entries
+        last = sa.select(sa.func.max(table.c.number)).scalar_subquery()
+        row = connection.execute(sa.select(table.c.number, table.c.hash).where(table.c.number == last)).first()
+        return Head(row.number, row.hash) if row else Head()
+
+    def _last_sequence(self, connection: sa.Connection, rollout: str) -> int:
+        table = schema.entries
+        wanted = (
+            sa.select(table.c.sequence).where(table.c.rollout == rollout).order_by(table.c.sequence.desc()).limit(1)
+        )
+        return connection.execute(wanted).scalar() or 0
+
+    # ------------------------------------------------------------ rollouts
+
+    def rollouts(self, model: str | None = None, active: bool = False) -> list[str]:
+        if not active:
+            return self._requests(model)
+        return [name for name in self._requests(model, settled=False) if not self._known_ended(name)]
+
+    def unsettled(self) -> list[str]:
+        return [name for name in self._requests(None, settled=False) if not self._known_settled(name)]
+
+    def _requests(self, model: str | None, settled: bool = True) -> list[str]:
+        """The names of the rollouts, newest first; with `settled` False, without those known to be settled."""
+        table = schema.entries
+        wanted = sa.select(table.c.rollout).where(sa.text(schema.IS_REQUEST)).order_by(table.c.number.desc())
+        if model is not None:
+            wanted = wanted.where(sa.literal_column(schema.MODEL_OF[self._engine.dialect.name]) == model)
+        if not settled:
+            wanted = wanted.where(~sa.exists().where(schema.settled.c.rollout == table.c.rollout))
+        with self._read() as connection:
+            return list(connection.execute(wanted).scalars())
+
+    def _known_ended(self, name: str) -> bool:
+        state = self._state(name)
+        if state is not None and state.settled:
+            self._remember_settled(name)
+        return state is not None and state.ended
+
+    def _known_settled(self, name: str) -> bool:
+        state = self._state(name)
+        if state is None or not state.settled:
+            return False
+        self._remember_settled(name)
+        return True
+
+    def _state(self, name: str) -> Rollout | None:
+        """The rollout's state; None where its entries make no sense, which somebody then has to look at."""
+        try:
+            return fold(from_body(entry.kind, entry.body, entry.at, entry.number) for entry in self.read(name))
+        except (ValueError, TypeError, KeyError):
+            return None
+
+    def _remember_settled(self, name: str) -> None:
+        with contextlib.suppress(PortError), self._write() as connection:
+            # It can be found out again: a ledger that can only be read is no reason not to read it.
+            connection.execute(self._unless_there(schema.settled, rollout=name))
+
+    # ------------------------------------------------------------ claims
+
+    def claim(self, model: str, target: str, rollout: str) -> str:
+        table = schema.claims
+        for _ in range(_TRIES):
+            with self._write() as connection:
+                connection.execute(self._unless_there(table, model=model, target=target, rollout=rollout))
+                holder = connection.execute(
+                    sa.select(table.c.rollout).where(table.c.model == model, table.c.target == target)
+                ).scalar()
+            if holder is not None:  # else it was released between the two statements: try again
+                return str(holder)
+        raise PortError(f"{self._where}: the claim on {model} at {target} changes hands too fast")
+
+    def release(self, model: str, target: str, rollout: str) -> None:
+        table = schema.claims
+        with self._write() as connection:
+            connection.execute(
+                sa.delete(table).where(table.c.model == model, table.c.target == target, table.c.rollout == rollout)
+            )
+
+    # ------------------------------------------------------------ quarantine
+
+    def quarantine(self, digest: str, reason: str, rollout: str) -> None:
+        self._note(digest, rollout, quarantine.QUARANTINED, quarantine.put_in(digest, reason, rollout), False)
+
+    def quarantined(self, digest: str) -> str | None:
+        with self._read() as connection:
+            standing = self._standing(connection, quarantine.book(digest))
+        return standing[0].reason if standing else None
+
+    def quarantines(self) -> list[Quarantine]:
+        with self._read() as connection:
+            return self._standing(connection)
+
+    def lift(self, digest: str, reason: str, actor: str) -> None:
+        try:
+            body = quarantine.lifted(digest, reason)
+        except ValueError as exc:
+            raise BadInput(str(exc)) from exc
+        if not self._note(digest, actor, quarantine.LIFTED, body, True):
+            raise NotThere(f"the bytes {digest} are not in quarantine")
+
+    def _note(self, digest: str, actor: str, kind: str, body: Mapping[str, Any], there: bool) -> bool:
+        """Writes the entry if the bytes are in quarantine (`there`), or are not; says whether it did."""
+        name, at = quarantine.book(digest), self._now()
+        text, again = _usable(name, at, actor, kind, body)
+        with self._write() as connection:
+            if bool(self._standing(connection, name)) is not there:
+                return False
+            sequence = self._last_sequence(connection, name) + 1
+            self._insert(connection, name, sequence, at, actor, kind, text, again)
+            return True
+
+    def _standing(self, connection: sa.Connection, name: str | None = None) -> list[Quarantine]:
+        """What is in quarantine: of all digests, or of the one whose entries stand under `name`."""
+        table = schema.entries
+        wanted = sa.select(table.c.at, table.c.kind, table.c.body).where(sa.text(schema.IS_QUARANTINE))
+        wanted = wanted.order_by(table.c.number) if name is None else wanted.where(table.c.rollout == name)
+        rows = connection.execute(wanted.order_by(table.c.sequence) if name is not None else wanted)
+        kept = quarantine.standing((row.at, row.kind, audit.parse(row.body)) for row in rows)
+        return [Quarantine(digest, body["reason"], body["rollout"], at) for digest, (at, body) in kept.items()]
+
+    # ------------------------------------------------------------ the database
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        self._make()
+        with self._mapped(), self._engine.connect() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        """A transaction that nobody else's can come between; durable at the end."""
+        self._make()
+        with self._mapped(), self._writing.begin() as connection:
+            yield connection
+
+    def _make(self) -> None:
+        with self._making:
+            if self._made:
+                return
+            with self._mapped(), self._writing.begin() as connection:
+                schema.create(connection)
+            self._made = True
+
+    @contextlib.contextmanager
+    def _mapped(self) -> Iterator[None]:
+        """The database's errors as the port's: whatever it was, another try may help."""
+        try:
+            yield
+        except sa.exc.SQLAlchemyError as exc:
+            said = str(getattr(exc, "orig", None) or exc).strip()
+            raise PortError(f"the ledger at {self._where} cannot be used: {said}") from exc
+
+    def _unless_there(self, table: sa.Table, **values: str) -> sa.Executable:
+        if self._engine.dialect.name == "sqlite":
+            return sqlite.insert(table).values(values).on_conflict_do_nothing()
+        return postgresql.insert(table).values(values).on_conflict_do_nothing()
+
+
+def _usable(rollout: str, at: float, actor: str, kind: str, body: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The body as text and as it will be read. Raises BadInput for anything that could not be read as written."""
+    try:
+        return audit.written_entry(rollout, at, actor, kind, body)
+    except audit.NotCanonical as exc:
+        raise BadInput(f"{rollout}: {exc}") from exc
+
+
+def _entry(row: sa.Row[Any]) -> Entry:
+    try:
+        body = audit.parse(row.body)
+    except ValueError as exc:
+        raise PortError(f"entry {row.number} of the ledger was damaged ({exc}); see: lockgate audit verify") from exc
+    return Entry(
+        row.number, row.rollout, row.sequence, row.at, row.actor, row.kind, body, row.previous_hash, row.hash
+    )  # fmt: skip
+
+
+def _line(row: sa.Row[Any]) -> bytes:
+    text = audit.line(
+        row.number, row.rollout, row.sequence, row.at, row.actor, row.kind, row.body, row.previous_hash, row.hash
+    )
+    # A stored body that is not ASCII was never written by a ledger: it goes out as it is, and fails the check.
+    return text.encode() + b"\n"
+
+
+# ---------------------------------------------------------------- connections
+
+
+def _engine(url: str) -> sa.Engine:
+    try:
+        made = make_url(url)
+    except sa.exc.ArgumentError as exc:
+        raise BadInput("the ledger's URL cannot be read; write sqlite:///path or postgresql://user@host/name") from exc
+    if made.get_backend_name() == "sqlite":
+        return _sqlite(made)
+    if made.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
+        return _postgresql(made.set(drivername="postgresql+psycopg"))
+    raise BadInput(f"the ledger cannot be kept in '{made.drivername}'; use sqlite or postgresql")
+
+
+def _sqlite(url: sa.URL) -> sa.Engine:
+    if not url.database or url.database == ":memory:":
+        raise BadInput("a ledger in memory is lost with its process; name a file: sqlite:///path/ledger.db")
+    Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(url, connect_args={"timeout": _WAIT_S})
+    sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: DBAPIConnection, _record: Any) -> None:
+    assert isinstance(connection, sqlite3.Connection)
+    connection.isolation_level = None  # transactions begin where `_begin_sqlite` says so, not where pysqlite guesses
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA cell_size_check=ON")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    # IMMEDIATE takes the one write lock before anything is read, so that what was read still holds when writing.
+    writes = connection.get_execution_options().get("writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _postgresql(url: sa.URL) -> sa.Engine:
+    engine = sa.create_engine(
+        url,
+        pool_pre_ping=True,
+        connect_args={
+            "connect_timeout": int(_WAIT_S),
+            "application_name": "lockgate",
+            "tcp_user_timeout": int(1000 * _WAIT_S),
+        },
+    )
+    sa.event.listen(engine, "connect", _prepare_postgresql)
+    sa.event.listen(engine, "begin", _begin_postgresql)
+    return engine
+
+
+def _prepare_postgresql(connection: DBAPIConnection, _record: Any) -> None:
+    cursor = connection.cursor()
+    settings = (
+        f"SET lock_timeout = {int(1000 * _WAIT_S)}",
+        f"SET statement_timeout = {int(1000 * _STATEMENT_S)}",
+        # A controller that is stopped in the middle of an append must not keep all others from writing.
+        f"SET idle_in_transaction_session_timeout = {int(1000 * _WAIT_S)}",
+        "SET default_transaction_isolation = 'read committed'",
+    )
+    for setting in settings:
+        cursor.execute(setting)
+    cursor.execute("SHOW synchronous_commit")
+    shown = cursor.fetchone()
+    if shown is not None and shown[0] == "off":
+        cursor.execute("SET synchronous_commit = on")
+    cursor.close()
+    connection.commit()
+
+
+def _begin_postgresql(connection: sa.Connection) -> None:
+    if connection.get_execution_options().get("writes"):
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")

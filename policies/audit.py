@@ -1,0 +1,299 @@
+"""The audit chain: an entry's one and only written form, the hash that ties it to the entry before it, and the check.
+
+A ledger is a sequence of lines. Each line is the canonical JSON of one entry (keys in order, no spaces, ASCII), with
+the SHA-256 of the same line without its `hash`; `previous_hash` is the `hash` of the line before. So an edit, a
+deletion, a swap or an insertion breaks the chain at the first line that it touches, and `verify` names it.
+
+A chain cannot know that its end is missing: that needs its `Head` (how many entries, the last one's hash), kept where
+whoever cuts the ledger cannot reach, or signed. An export therefore ends with a line that holds its head; signed with
+a key (HMAC-SHA-256, RFC 2104), it cannot be cut or written anew without the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FIRST_HASH = "0" * 64  # what the first entry names as the hash before it
+FIELDS = ("actor", "at", "body", "hash", "kind", "number", "previous_hash", "rollout", "sequence")
+_FLOAT = "$float"  # JSON has no NaN and no infinity, evidence has: {"$float": "nan"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The end of a ledger: the number of its last entry (they count from 1 without a gap) and that entry's hash."""
+
+    number: int = 0
+    hash: str = FIRST_HASH
+
+    def __str__(self) -> str:
+        return f"{self.number}:{self.hash}"
+
+
+@dataclass(frozen=True)
+class Breach:
+    """The first place where a ledger does not fit: `number` is the entry that should stand there."""
+
+    number: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"entry {self.number}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """How far a ledger holds: up to `head`; and what is wrong after it, if anything is."""
+
+    head: Head
+    breach: Breach | None = None
+    signed: bool = False  # the end was held against a signature made with the key
+
+
+class NotCanonical(ValueError):
+    """The value has no written form that would give the same value again."""
+
+
+# ---------------------------------------------------------------- the written form
+
+
+def canonical(value: Any) -> str:
+    """The value as JSON, the same text for the same value always. Raises NotCanonical for what JSON cannot hold."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    except ValueError:
+        pass  # a NaN somewhere, most likely: written the long way below
+    except (TypeError, RecursionError) as exc:
+        raise NotCanonical(f"cannot be written to the ledger: {exc}; use numbers, texts, lists and objects") from exc
+    try:
+        return json.dumps(_finite(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise NotCanonical(f"cannot be written to the ledger: {exc}") from exc
+
+
+def written(body: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """An entry's body as text, and as it will be read again. Raises NotCanonical."""
+    text = canonical(body)
+    again = parse(text)
+    if not isinstance(again, dict) or canonical(again) != text:
+        raise NotCanonical("cannot be written to the ledger: a key is not a text")
+    return text, again
+
+
+def written_entry(
+    rollout: str, at: float, actor: str, kind: str, body: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """As `written`, with the rest of the entry checked: a real time, names that can be shown. Raises NotCanonical."""
+    if not math.isfinite(at):
+        raise NotCanonical(f"{at} is no time for an entry")
+    for what, text in (("rollout", rollout), ("actor", actor), ("kind", kind)):
+        if not text or not text.isprintable():
+            raise NotCanonical(f"{text!r} cannot be the {what} of an entry: it is empty, or cannot be shown")
+    return written(body)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: repr(float(value))}
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def parse(text: str | bytes) -> Any:
+    """The value that `canonical` wrote. Raises ValueError for anything but JSON."""
+    return json.loads(text, object_hook=_from_object, parse_constant=_not_json)
+
+
+def _from_object(made: dict[str, Any]) -> Any:
+    if made.keys() == {_FLOAT} and made[_FLOAT] in ("nan", "inf", "-inf"):
+        return float(made[_FLOAT])
+    return made
+
+
+def _not_json(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def line(
+    number: int,
+    rollout: str,
+    sequence: int,
+    at: float,
+    actor: str,
+    kind: str,
+    body: str,
+    previous_hash: str,
+    own_hash: str | None = None,
+) -> str:
+    """The entry's line; without `own_hash`, the text that the hash is taken of. `body` is canonical JSON already.
+
+    Written by hand rather than by `canonical`, so that a stored body goes in exactly as it is stored.
+    """
+    middle = f'"hash":"{own_hash}",' if own_hash is not None else ""
+    return (
+        f'{{"actor":{canonical(actor)},"at":{canonical(float(at))},"body":{body},{middle}"kind":{canonical(kind)},'
+        f'"number":{number},"previous_hash":{canonical(previous_hash)},"rollout":{canonical(rollout)},'
+        f'"sequence":{sequence}}}'
+    )
+
+
+def seal(text: str) -> str:
+    """The hash of an entry's line (the line without the hash itself): SHA-256, in hex."""
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+# ---------------------------------------------------------------- the check
+
+
+def verify(lines: Iterable[bytes], head: Head | None = None, after: Head | None = None) -> Verified:
+    """Does every line follow from the one before it, and do they end where `head` says?
+
+    `lines` are whole lines, newline included, from the entry after `after` (from the first one by default). Without
+    `head` nothing can be said about entries missing at the end.
+    """
+    reached, breach = _walk(iter(lines), after or Head())
+    if breach is None and head is not None:
+        breach = _held_against(reached, head)
+    return Verified(reached, breach)
+
+
+def _walk(lines: Iterator[bytes], start: Head) -> tuple[Head, Breach | None]:
+    reached = start
+    for raw in lines:
+        found = _next(raw, reached)
+        if isinstance(found, str):
+            return reached, Breach(reached.number + 1, found)
+        reached = found
+    return reached, None
+
+
+def _held_against(reached: Head, head: Head) -> Breach | None:
+    if reached == head:
+        return None
+    if reached.number < head.number:
+        return Breach(reached.number + 1, f"missing; the ledger had {head.number} entries, {reached.number} are left")
+    if reached.number > head.number:
+        return Breach(head.number + 1, f"not known to the head, which ends with entry {head.number}")
+    return Breach(head.number, f"its hash is {reached.hash}, where the head says {head.hash}: the chain was rewritten")
+
+
+def _next(raw: bytes, before: Head) -> Head | str:
+    """The head after this line; a sentence if the line does not follow."""
+    if not raw.endswith(b"\n"):
+        return "its line is cut off"
+    try:
+        entry = parse(raw[:-1].decode("ascii"))
+    except (ValueError, RecursionError) as exc:
+        return f"its line is not JSON ({exc})"
+    if not isinstance(entry, dict) or tuple(sorted(entry)) != FIELDS:
+        return f"its line has not the keys of an entry ({', '.join(FIELDS)})"
+    if not _well_typed(entry):
+        return "a value in its line has the wrong type"
+    if (canonical(entry) + "\n").encode("ascii") != raw:
+        return "its line is not written in the canonical form"
+    if entry["number"] != before.number + 1:
+        return f"its place is taken by entry {entry['number']}"
+    if entry["previous_hash"] != before.hash:
+        return f"it follows an entry with the hash {entry['previous_hash']}, and the one before it has {before.hash}"
+    own_hash = str(entry.pop("hash"))
+    made = seal(canonical(entry))
+    if own_hash != made:
+        return f"its content has the hash {made}, and it says {own_hash}"
+    return Head(before.number + 1, own_hash)
+
+
+def _well_typed(entry: Mapping[str, Any]) -> bool:
+    texts = ("actor", "hash", "kind", "previous_hash", "rollout")
+    return (
+        all(isinstance(entry[name], str) for name in texts)
+        and all(type(entry[name]) is int for name in ("number", "sequence"))
+        and type(entry["at"]) is float
+        and isinstance(entry["body"], dict)
+    )
+
+
+# ---------------------------------------------------------------- exports
+
+
+def sign(head: Head, key: bytes) -> str:
+    """The head's signature: HMAC-SHA-256 of its text, in hex. Raises ValueError for a key of less than 16 bytes."""
+    if len(key) < 16:
+        raise ValueError(f"a signing key of {len(key)} bytes can be guessed; use at least 16, from a random source")
+    return hmac.new(key, str(head).encode("ascii"), hashlib.sha256).hexdigest()
+
+
+def export(lines: Iterable[bytes], key: bytes | None = None) -> Iterator[bytes]:
+    """The lines, and after them the line that holds their head, signed if there is a key.
+
+    Raises ValueError at the first entry that does not fit: a broken ledger gets no head, and no signature.
+    """
+    reached = Head()
+    for raw in lines:
+        found = _next(raw, reached)
+        if isinstance(found, str):
+            raise ValueError(f"the ledger cannot be exported: {Breach(reached.number + 1, found)}")
+        reached = found
+        yield raw
+    signature = sign(reached, key) if key else ""
+    yield (canonical({"head": {"hash": reached.hash, "number": reached.number, "signature": signature}}) + "\n").encode(
+        "ascii"
+    )
+
+
+def verify_export(lines: Iterable[bytes], key: bytes | None = None) -> Verified:
+    """Does an export hold, to its end? With a key, only an end signed with that key counts."""
+    entries = _Body(iter(lines))
+    reached, breach = _walk(entries, Head())
+    if breach is not None:
+        return Verified(reached, breach)
+    place = reached.number + 1
+    if entries.last is None:
+        return Verified(reached, Breach(place, "the export stops without its head line: its end is missing"))
+    if next(entries.lines, None) is not None:
+        return Verified(reached, Breach(place, "something stands after the head line"))
+    found = _head_of(entries.last)
+    if found is None:
+        return Verified(reached, Breach(place, "the head line is not written as an export writes it"))
+    head, signature = found
+    breach = _held_against(reached, head)
+    if breach is None and key is not None and not hmac.compare_digest(signature, sign(head, key)):
+        breach = Breach(place, "the head line is not signed with this key" if signature else "the head is not signed")
+    return Verified(reached, breach, signed=key is not None and breach is None)
+
+
+class _Body:
+    """The lines up to the head line, which is kept in `last`."""
+
+    def __init__(self, lines: Iterator[bytes]) -> None:
+        self.lines = lines
+        self.last: bytes | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        raw = next(self.lines)
+        if raw.startswith(b'{"head"'):
+            self.last = raw
+            raise StopIteration
+        return raw
+
+
+def _head_of(raw: bytes) -> tuple[Head, str] | None:
+    try:
+        made = parse(raw.decode("ascii"))
+        inner = made["head"]
+        head, signature = Head(inner["number"], inner["hash"]), inner["signature"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not (type(head.number) is int and isinstance(head.hash, str) and isinstance(signature, str)):
+        return None
+    return (head, signature) if (canonical(made) + "\n").encode("ascii") == raw else None
