@@ -1,6 +1,6 @@
 """The local platform: Prefect server, MLflow server and node agent as child processes, under one folder.
 
-PlatformError               a part could not be started; the message says which, why and where its log is
+PortError               a part could not be started; the message says which, why and where its log is
 └── PortBusy                somebody else listens there already
 """
 
@@ -22,6 +22,9 @@ from pathlib import Path
 import httpx
 import psutil
 
+from infra.agent_client import AgentClient, AgentError
+from tasks.ports import BadInput, PortError
+
 _READY_S = 120.0
 _STOP_S = 15.0
 
@@ -34,11 +37,7 @@ SILENCE = {
 }
 
 
-class PlatformError(Exception):
-    """A part of the platform could not be started or reached."""
-
-
-class PortBusy(PlatformError):
+class PortBusy(BadInput):
     """Somebody else listens on the port."""
 
     def __init__(self, part: str, port: int, option: str) -> None:
@@ -88,7 +87,7 @@ def running(home: Path) -> Addresses | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as exc:
-        raise PlatformError(f"{file} cannot be read: {exc}; stop what runs there and delete the file") from exc
+        raise PortError(f"{file} cannot be read: {exc}; stop what runs there and delete the file") from exc
     with contextlib.suppress(psutil.NoSuchProcess):
         if abs(psutil.Process(addresses.pid).create_time() - addresses.started) < 1.0:
             return addresses
@@ -102,13 +101,13 @@ def _die_with_parent() -> None:
 
 @dataclass
 class Part:
-    """One server process: how it is started, and the URL that answers once it is ready."""
+    """One process of ours: how it is started, how it is known to be ready, where it writes."""
 
     name: str
     command: list[str]
     env: dict[str, str]
-    ready: Callable[[], bool]
     log: Path
+    ready: Callable[[], bool] = lambda: True
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     restart_at: float = 0.0
@@ -140,9 +139,17 @@ class Part:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
 
+    def code(self) -> int | None:
+        """The exit code; None while it runs."""
+        return None if self.process is None else self.process.poll()
+
+    def lines(self) -> list[str]:
+        """What it has written so far, whole lines only."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return text[: text.rfind("\n") + 1].splitlines()
+
     def last_words(self) -> str:
-        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
-        return lines[-1] if lines else "it said nothing"
+        return next((line for line in reversed(self.lines()) if line.strip()), "it said nothing")
 
 
 @dataclass
@@ -156,10 +163,10 @@ class LocalPlatform:
     parts: list[Part] = field(default_factory=list)
 
     def start(self, progress: Callable[[str], None] = lambda _text: None) -> Addresses:
-        """All parts are ready when this returns. Raises PlatformError; whatever had started is stopped again."""
+        """All parts are ready when this returns. Raises PortError; whatever had started is stopped again."""
         already = running(self.home)
         if already is not None:
-            raise PlatformError(f"a platform runs in {self.home} already (process {already.pid}); see: lockgate status")
+            raise PortError(f"a platform runs in {self.home} already (process {already.pid}); see: lockgate status")
         self._check_ports()
         (self.home / "logs").mkdir(parents=True, exist_ok=True)
         self.home.chmod(0o700)
@@ -187,7 +194,7 @@ class LocalPlatform:
     def supervise(self) -> Iterator[str]:
         """Once a call: restarts parts that died (with back-off), and yields a line for each."""
         for part in self.parts:
-            if part.process is None or part.process.poll() is None:
+            if part.process is None or part.code() is None:
                 continue
             now = time.monotonic()
             if part.restart_at == 0.0:
@@ -222,15 +229,15 @@ class LocalPlatform:
     def _await(self, part: Part) -> None:
         limit = time.monotonic() + _READY_S
         while time.monotonic() < limit:
-            if part.process is not None and part.process.poll() is not None:
-                raise PlatformError(f"{part.name} did not start: {part.last_words()} (log: {part.log})")
+            if part.code() is not None:
+                raise PortError(f"{part.name} did not start: {part.last_words()} (log: {part.log})")
             if part.ready():
                 return
             time.sleep(0.1)
-        raise PlatformError(f"{part.name} was not ready after {_READY_S:.0f} s (log: {part.log})")
+        raise PortError(f"{part.name} was not ready after {_READY_S:.0f} s (log: {part.log})")
 
     def _part(self, name: str, command: list[str], ready: Callable[[], bool], env: dict[str, str]) -> Part:
-        return Part(name, [sys.executable, *command], env, ready, self.home / "logs" / f"{name.lower()}.log")
+        return Part(name, [sys.executable, *command], env, self.home / "logs" / f"{name.lower()}.log", ready)
 
     def _prefect(self) -> Part:
         return self._part(
@@ -274,8 +281,6 @@ def _answers(url: str) -> Callable[[], bool]:
 
 
 def _agent_ready(home: Path) -> bool:
-    from infra.agent_client import AgentClient, AgentError
-
     try:
         return bool(AgentClient(home).status()["gateway"]["ready"])
     except AgentError:

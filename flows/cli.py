@@ -1,0 +1,312 @@
+"""The command line. Exit codes: 0 done, 1 refused or rolled back, 2 wrong usage or policy, 3 could not finish."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.settings import Settings
+
+if TYPE_CHECKING:
+    from policies.policy import Policy
+
+DONE, REFUSED, USAGE, UNFINISHED = 0, 1, 2, 3
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Continuous delivery for machine-learning models.\n\nStart with: lockgate demo",
+    epilog="Exit codes: 0 done, 1 refused or rolled back, 2 wrong usage or policy, 3 could not finish.",
+)
+policy_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check and explain policies.")
+app.add_typer(policy_app, name="policy")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+PolicyFile = Annotated[Path, typer.Argument(metavar="POLICY", help="The policy file, or the name of a ready-made one.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name in the registry.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; it goes on the record.")]
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err.print(f"lockgate: {message}", markup=False)
+    raise typer.Exit(code)
+
+
+def _print(document: Any) -> None:
+    out.print_json(json.dumps(document, default=str))
+
+
+def _policy(path: Path) -> tuple[Policy, str, Path]:
+    """The policy, its text and its folder. A name without a file is looked for among the ready-made ones."""
+    from policies import policy
+
+    library = Path(policy.__file__).parent / "library"
+    if not path.exists() and (library / f"{path}.yaml").is_file():
+        path = library / f"{path}.yaml"
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as exc:
+        ready = ", ".join(
+            sorted(file.stem for file in library.glob("*.yaml") if not file.stem.endswith("expectations"))
+        )
+        _fail(f"policy {path} cannot be read ({exc}); ready-made policies: {ready}", USAGE)
+    try:
+        return policy.parse(text, str(path)), text, path.resolve().parent
+    except policy.PolicyError as exc:
+        _fail(str(exc), USAGE)
+
+
+# ---------------------------------------------------------------- the platform
+
+
+@app.command(epilog="Example: lockgate up --detach && lockgate status")
+def up(
+    detach: Annotated[bool, typer.Option("--detach", help="Go on in the background; `lockgate down` ends it.")] = False,
+    prefect_port: Annotated[int | None, typer.Option(help="Port of the Prefect server and UI.")] = None,
+    mlflow_port: Annotated[int | None, typer.Option(help="Port of the MLflow server and UI.")] = None,
+    gateway_port: Annotated[int | None, typer.Option(help="Port of the gateway, for predictions.")] = None,
+) -> None:
+    """Start the local platform: Prefect, MLflow, node agent and gateway."""
+    from flows import platform
+
+    given = {"prefect_port": prefect_port, "mlflow_port": mlflow_port, "gateway_port": gateway_port}
+    settings = Settings.model_validate({**Settings().model_dump(), **{k: port for k, port in given.items() if port}})
+    raise typer.Exit(platform.up(settings, detach, out, err))
+
+
+@app.command()
+def down() -> None:
+    """Stop the local platform. The data stays."""
+    from flows import platform
+
+    raise typer.Exit(platform.down(Settings(), out))
+
+
+@app.command(epilog="Example: lockgate status --json")
+def status(as_json: Json = False) -> None:
+    """What runs, where it is, and how each model stands."""
+    from flows.overview import overview
+    from tasks.ports import PortError
+
+    try:
+        seen = overview(Settings())
+    except PortError as exc:
+        _fail(str(exc), UNFINISHED)
+    if as_json:
+        _print(seen)
+        return
+    for part, url in seen["platform"].items():
+        out.print(f"{part:<10} {url}", markup=False)
+    table = Table("model", "champion", "traffic", "rollout", "state", "last verdict", box=None)
+    for model in seen["models"]:
+        table.add_row(
+            *(str(model[key] or "-") for key in ("model", "champion", "traffic", "rollout", "state", "verdict"))
+        )
+    out.print(table if seen["models"] else "no model has been delivered yet")
+
+
+# ---------------------------------------------------------------- deliveries
+
+
+@app.command(
+    epilog="Examples: lockgate deliver flight-delay --file model.onnx --policy flights.yaml ·"
+    " lockgate deliver flight-delay --version 7 --policy flights.yaml --json"
+)
+def deliver(
+    model: Model,
+    policy: Annotated[Path, typer.Option("--policy", "-p", help="The policy file, or the name of a ready-made one.")],
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="An .onnx file to register and deliver.")] = None,
+    version: Annotated[str | None, typer.Option("--version", help="A version that is registered already.")] = None,
+    source: Annotated[str | None, typer.Option("--source", help="runs:/id/path or models:/name/version.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Validation rows (CSV, Parquet) with the label.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="A sample of the training rows.")] = None,
+    expected: Annotated[Path | None, typer.Option(help="Rows with the framework's own predictions.")] = None,
+    metrics: Annotated[Path | None, typer.Option(help="JSON file with the metrics of the training.")] = None,
+    reason: Reason = "",
+    as_json: Json = False,
+) -> None:
+    """Register, check, let traffic on step by step, promote or take back. Waits for the end."""
+    from flows.run import run_delivery
+
+    _, text, folder = _policy(policy)
+    sources = [str(file.resolve()) if file else None, f"models:/{model}/{version}" if version else None, source]
+    given = [each for each in sources if each is not None]
+    if len(given) != 1:
+        _fail("say what to deliver with exactly one of --file, --version and --source", USAGE)
+    request = {
+        "model": model,
+        "source": given[0],
+        "policy": text,
+        "policy_folder": str(folder),
+        "validation": str(validation.resolve()) if validation else None,
+        "reference": str(reference.resolve()) if reference else None,
+        "expected": str(expected.resolve()) if expected else None,
+        "metrics": _metrics(metrics),
+        "reason": reason,
+    }
+    code, outcome = run_delivery(Settings(), request, None if as_json else out, err)
+    if as_json and outcome is not None:
+        _print(outcome)
+    raise typer.Exit(code)
+
+
+def _metrics(path: Path | None) -> dict[str, float]:
+    if path is None:
+        return {}
+    try:
+        return {str(name): float(value) for name, value in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as exc:
+        _fail(f"metrics file {path} must be a JSON object of numbers: {exc}", USAGE)
+
+
+@app.command(epilog='Example: lockgate rollback flight-delay --reason "complaints from the call centre"')
+def rollback(model: Model, reason: Reason = "", as_json: Json = False) -> None:
+    """Back to the former version: aborts a rollout under way, or brings the last proven version back."""
+    from flows.run import run_rollback
+
+    code, outcome = run_rollback(Settings(), model, reason, None if as_json else out, err)
+    if as_json and outcome is not None:
+        _print(outcome)
+    raise typer.Exit(code)
+
+
+@app.command(epilog="Example: lockgate watch flight-delay")
+def watch(model: Model, as_json: Json = False) -> None:
+    """Follow the model's rollout until it ends (the last one, if none is under way)."""
+    from flows.live import LiveView
+    from flows.overview import newest
+    from flows.wiring import ledger
+    from tasks.ports import PortError
+
+    book = ledger(Settings())
+    try:
+        name = newest(book, model)
+    except PortError as exc:
+        _fail(str(exc), UNFINISHED)
+    if name is None:
+        _fail(f"the ledger has no rollout of model '{model}'", USAGE)
+    if as_json:
+        for entry in book.read(name):
+            _print(asdict(entry))
+        return
+    with LiveView(out, book, lambda: name) as view:
+        while view.followed is None or view.followed.state is None or not view.followed.state.ended:
+            time.sleep(0.2)
+
+
+def _order(model: str, what: str, reason: str, as_json: bool) -> None:
+    from flows.run import give_order
+
+    code, message = give_order(Settings(), model, what, reason)
+    if code != DONE:
+        _fail(message, code)
+    _print({"model": model, "order": what, "state": message}) if as_json else out.print(
+        f"{model}: {what} ordered; {message}"
+    )
+
+
+@app.command()
+def pause(model: Model, reason: Reason = "", as_json: Json = False) -> None:
+    """Hold the rollout at its stage. The gates go on looking, and roll back if they must."""
+    _order(model, "pause", reason, as_json)
+
+
+@app.command()
+def resume(model: Model, reason: Reason = "", as_json: Json = False) -> None:
+    """Let a paused rollout go on."""
+    _order(model, "resume", reason, as_json)
+
+
+@app.command()
+def promote(model: Model, reason: Reason = "", as_json: Json = False) -> None:
+    """Skip the remaining stages of the rollout, on your own word. It is still watched."""
+    _order(model, "promote", reason, as_json)
+
+
+@app.command()
+def abort(model: Model, reason: Reason = "", as_json: Json = False) -> None:
+    """Take the rollout back now."""
+    _order(model, "abort", reason, as_json)
+
+
+# ---------------------------------------------------------------- policies
+
+
+@policy_app.command(epilog="Example: lockgate policy check flights.yaml")
+def check(policy: PolicyFile, as_json: Json = False) -> None:
+    """Is the policy sound? Names the line and the nearest known key if not."""
+    parsed, _, _ = _policy(policy)
+    if as_json:
+        _print({"policy": parsed.name, "digest": parsed.digest, "ok": True})
+    else:
+        out.print(f"{parsed.name}: sound (digest {parsed.digest[:12]})")
+
+
+@policy_app.command(epilog="Example: lockgate policy explain flights.yaml")
+def explain(policy: PolicyFile, as_json: Json = False) -> None:
+    """What the policy will do, in sentences, defaults included."""
+    from policies.words import explain as words
+
+    parsed, _, _ = _policy(policy)
+    if as_json:
+        _print(parsed.model_dump(mode="json", by_alias=True))
+    else:
+        out.print("\n".join(words(parsed)), markup=False)
+
+
+@policy_app.command()
+def schema() -> None:
+    """The JSON Schema of policy files, for editors."""
+    from policies.policy import schema as made
+
+    sys.stdout.write(json.dumps(made(), indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- serving and the demo
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: lockgate serve model.onnx --port 8081",
+)
+def serve(context: typer.Context, path: Annotated[Path, typer.Argument(metavar="PATH", help="An .onnx file.")]) -> None:
+    """One model server on a file, without gateway or registry. Further options: lockgate serve PATH --help-server."""
+    from serving.server import main as server
+
+    extra = ["--help" if each == "--help-server" else each for each in context.args]
+    raise typer.Exit(server(["--path", str(path), *extra]) or 0)
+
+
+@app.command(epilog="Example: lockgate demo --json demo.json")
+def demo(
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the outcome there.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for the demo's data (kept); a fresh one by default.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Requests a second.", min=20, max=2000)] = 200.0,
+) -> None:
+    """A year of an airline's delay model: one good version is promoted, two bad ones are taken back, nobody notices."""
+    from flows.demo import play
+
+    raise typer.Exit(play(json_file, keep, rate, out, err))
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

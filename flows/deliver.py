@@ -1,0 +1,253 @@
+"""The main flow: a version is registered, checked, let onto the traffic step by step, and promoted or taken back."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.context import FlowRunContext
+from pydantic import BaseModel, Field
+
+from flows.checks import Preparation, prepare, run_checks
+from flows.publish import Publisher, artifact_key
+from flows.rollout import Controller, Observer, fold, order
+from flows.story import story_of
+from flows.wiring import connect
+from policies.events import ENDED, Phase, Requested, to_body
+from policies.policy import Policy, parse
+from policies.rollout import Rollout, terms
+from tasks.outcome import OUTCOMES
+from tasks.ports import BadInput, ModelVersion, PortError, Ports, Refused, Submission
+from tasks.registration import register
+from tasks.report import publish_report
+
+_POLL_S = 1.0
+
+
+class Delivery(BaseModel):
+    """What to deliver, by which policy."""
+
+    model: str = Field(description="Name of the registered model, e.g. flight-delay.")
+    source: str = Field(description="An .onnx file, models:/name/version or runs:/id/path.")
+    policy: str = Field(description="The policy's YAML text.")
+    policy_folder: str = Field(".", description="Folder that the policy's relative paths start from.")
+    target: str = Field("local", description="Where it shall run.")
+    validation: str | None = Field(None, description="Validation rows (CSV or Parquet), instead of the policy's.")
+    reference: str | None = Field(None, description="A sample of the training rows.")
+    expected: str | None = Field(None, description="Rows with the training framework's own predictions.")
+    metrics: dict[str, float] = Field(default_factory=dict, description="Metrics of the training.")
+    by: str = Field("", description="Who asked for it.")
+    reason: str = Field("", description="Why.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a delivery ended. `unfinished`: not by a verdict, but because something could not be done."""
+
+    rollout: str
+    model: str
+    version: str
+    outcome: str
+    reason: str
+    seconds: float
+    candidate_requests: int = 0
+    candidate_errors: int = 0
+    unfinished: bool = False
+    report: str | None = None
+
+
+def whoami() -> str:
+    """This controller's name in the ledger: no other process has it."""
+    return f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
+
+
+def in_prefect(task: Any, *args: Any, name: str = "") -> Any:
+    """Runs a task in Prefect's engine, under a name that says what it is about."""
+    return task.with_options(task_run_name=name)(*args) if name else task(*args)
+
+
+@flow(name="deliver", flow_run_name="{request.model} → {request.target}: registering", retries=0)
+def deliver(request: Delivery) -> dict[str, Any]:
+    """Registers the version and drives its rollout to the end; returns an `Outcome` as a dictionary.
+
+    Raises BadInput for what cannot be delivered at all (nothing has been changed then), PortError where a part of
+    the platform cannot be reached.
+    """
+    context = FlowRunContext.get()
+    run_id = context.flow_run.id if context and context.flow_run else None
+    publisher = Publisher(run_id, request.target)
+    try:
+        return asdict(deliver_with(connect(), request, [publisher, _log_moves()]))
+    finally:
+        publisher.close()
+
+
+def deliver_with(ports: Ports, request: Delivery, observers: list[Observer]) -> Outcome:
+    """The delivery, on the given ports."""
+    policy = parse(request.policy, "policy")
+    if policy.model not in (None, request.model):
+        raise BadInput(f"policy '{policy.name}' is for model '{policy.model}', not '{request.model}'")
+    preparation = prepare(ports, policy, request_submission(request), Path(request.policy_folder))
+    version = in_prefect(register, ports.registry, preparation.submission, name=f"register {request.model}")
+    _refuse_pointless(ports, version)
+    began = ports.clock.now()
+    name = f"{version.model}-v{version.version}-{uuid.uuid4().hex[:8]}"
+    turned_away = _claim(ports, policy, version, request, name)
+    if turned_away is not None:
+        return Outcome(name, version.model, version.version, "refused", turned_away, 0.0)
+    try:
+        stable = _baseline(ports, policy, version)
+        _begin(ports, policy, version, stable, request, name)
+        state = drive(ports, name, preparation, observers)
+    finally:
+        ports.ledger.release(version.model, request.target, name)
+    return conclude(ports, name, state, ports.clock.now() - began)
+
+
+def request_submission(request: Delivery) -> Submission:
+    """The request's part that goes into the registry."""
+
+    def path(text: str | None) -> Path | None:
+        return Path(text) if text else None
+
+    return Submission(
+        model=request.model,
+        source=request.source,
+        validation=path(request.validation),
+        reference=path(request.reference),
+        expected=path(request.expected),
+        metrics=request.metrics,
+    )
+
+
+def drive(ports: Ports, name: str, preparation: Preparation, observers: list[Observer]) -> Rollout:
+    """Drives the rollout from where its ledger says that it stands."""
+
+    def observe(progress: Any) -> None:
+        for observer in observers:
+            observer(progress)
+
+    def checks(state: Rollout, policy: Policy) -> Any:
+        return run_checks(ports, policy, state, preparation, in_prefect)
+
+    return Controller(ports, name, whoami(), in_prefect, checks, observe).drive()
+
+
+def conclude(ports: Ports, name: str, state: Rollout, seconds: float) -> Outcome:
+    """The outcome in figures, with the report written, kept with the version's run and linked in Prefect."""
+    story = story_of(ports.ledger.read(name))
+    link = None
+    try:
+        version = ports.registry.version(state.model, state.candidate)
+        link = in_prefect(
+            publish_report,
+            ports.registry,
+            ports.reporter,
+            version,
+            story,
+            artifact_key(state.model, "report"),
+            name="report",
+        )
+    except PortError as exc:
+        # The outcome stands in the ledger; a report that could not be kept can be made from there again.
+        get_run_logger().warning("the report could not be kept: %s", exc)
+    return Outcome(
+        rollout=name,
+        model=state.model,
+        version=state.candidate,
+        outcome=OUTCOMES[state.phase],
+        reason=state.reason,
+        seconds=round(seconds, 1),
+        candidate_requests=story.candidate_requests,
+        candidate_errors=story.candidate_errors,
+        unfinished=state.unfinished,
+        report=link,
+    )
+
+
+def _refuse_pointless(ports: Ports, version: ModelVersion) -> None:
+    """Bytes in quarantine, and the version that serves already, are refused before anything is touched."""
+    why = ports.ledger.quarantined(version.digest)
+    if why is not None:
+        raise Refused(
+            f"{version.model} v{version.version} has bytes that are in quarantine ({version.digest[:12]}…): {why}"
+        )
+    champion = ports.registry.by_alias(version.model, "champion")
+    if champion is not None and champion.digest == version.digest:
+        raise BadInput(f"{version.model} v{champion.version} has these bytes and is the champion already")
+
+
+def _claim(ports: Ports, policy: Policy, version: ModelVersion, request: Delivery, name: str) -> str | None:
+    """Makes this the model's active rollout, as the policy's `on_conflict` says; a sentence if it is turned away."""
+    told: set[str] = set()
+    while (other := ports.ledger.claim(version.model, request.target, name)) != name:
+        if policy.rollout.on_conflict == "reject":
+            return f"rollout {other} is under way, and the policy says on_conflict: reject"
+        entries = ports.ledger.read(other)
+        state = fold(entries)
+        if state is not None and state.phase in ENDED:
+            ports.ledger.release(version.model, request.target, other)  # its controller died between end and release
+        elif policy.rollout.on_conflict == "supersede" and state is not None and other not in told:
+            told.add(other)
+            if state.phase is not Phase.ROLLING_BACK:
+                order(ports, other, whoami(), "abort", f"superseded by v{version.version}")
+        ports.clock.sleep(_POLL_S)
+    return None
+
+
+def _baseline(ports: Ports, policy: Policy, version: ModelVersion) -> str | None:
+    """The last proven version: the one that the traffic goes to, or else the registry's champion."""
+    route = ports.router.current(version.model)
+    if route is not None and route.stable is not None:
+        return route.stable
+    champion = ports.registry.by_alias(version.model, "champion")
+    if champion is None:
+        if policy.rollout.first == "refuse":
+            raise Refused(f"{version.model} has no version in service, and the policy says first: refuse")
+        return None
+    return champion.version
+
+
+def _begin(
+    ports: Ports, policy: Policy, version: ModelVersion, stable: str | None, request: Delivery, name: str
+) -> None:
+    """Writes the request down, with all that is needed to go on without this process."""
+    event = Requested(
+        at=ports.clock.now(),
+        number=0,
+        model=version.model,
+        candidate=version.version,
+        digest=version.digest,
+        stable=stable,
+        terms=terms(policy),
+        reason=request.reason,
+    )
+    kind, body = to_body(event)
+    extra = {
+        "policy": policy.model_dump(mode="json", by_alias=True),
+        "policy_digest": policy.digest,
+        "request": request.model_dump(mode="json", exclude={"policy"}),
+    }
+    ports.ledger.append(name, 1, event.at, request.by or whoami(), kind, {**body, **extra})
+
+
+def _log_moves() -> Callable[[Any], None]:
+    """An observer that logs each move once, for the flow run's log."""
+    logger = get_run_logger()
+    seen: list[int] = []
+
+    def observe(progress: Any) -> None:
+        state: Rollout = progress.state
+        if state.moved_by not in seen:
+            seen.append(state.moved_by)
+            logger.info(
+                "%s v%s: %s%s", state.model, state.candidate, state.label, f" ({state.reason})" if state.reason else ""
+            )
+
+    return observe

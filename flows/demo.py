@@ -1,0 +1,218 @@
+"""The demo: a year of an airline's delay model. One good version is promoted, two bad ones are taken back.
+
+Everything is real: the Prefect server, the MLflow registry, Envoy, the model servers, the traffic; only the airline's
+year passes faster.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from flows.live import LiveView
+from flows.overview import newest
+from flows.run import guarded
+from flows.settings import Settings
+from flows.wiring import (
+    Part,
+    clear_demo,
+    configure,
+    demo_folder,
+    demo_platform,
+    ledger,
+    located,
+    replay,
+    train_demo,
+)
+from tasks.ports import BadInput, PortError
+
+MODEL = "flight-delay"
+POLICY = "demo-flights"
+STORY = {
+    "1": "trained on January to March; the first version, so there is nothing to compare it with",
+    "2": "a better model",
+    "3": "its pipeline computes a feature in other units than serving sends; offline it looks fine",
+    "4": "predicts well, but is slow on some requests and fails on others",
+}
+EXPECTED = {"1": "promoted", "2": "promoted", "3": "rolled_back", "4": "rolled_back"}
+
+
+@dataclass
+class Stage:
+    """What the demo shows beside the rollout: which version is on, how the others ended, how the clients fare."""
+
+    traffic: Path
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    current: str | None = None
+
+    def clients(self) -> dict[str, Any]:
+        """The clients' counts so far; zeros before the first."""
+        try:
+            found: dict[str, Any] = json.loads(self.traffic.read_text())
+        except FileNotFoundError:
+            return {"requests": 0, "failed": 0}
+        return found
+
+    def below(self) -> str:
+        seen = self.clients()
+        return f"clients: {seen['requests']} requests, {seen['failed']} failed" if seen["requests"] else ""
+
+    def above(self) -> RenderableType:
+        lines = []
+        for version, words in STORY.items():
+            outcome = self.outcomes.get(version)
+            if outcome:
+                mark, style = outcome["outcome"].replace("_", " "), "green" if version in "12" else "red"
+            else:
+                mark, style = ("now", "bold cyan") if version == self.current else ("", "dim")
+            lines.append(Text.assemble((f" v{version} ", style), (f"{mark:<12}", style), (words, "dim")))
+        return Group(*lines, Text(""))
+
+
+def play(json_file: Path | None, keep: Path | None, rate: float, out: Console, err: Console) -> int:
+    """Plays the demo; 0 if every version ended as it should and no client's request failed, else 1 (3: unfinished)."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    began = time.monotonic()
+    home = demo_folder(Settings(), keep)
+    children: list[Part] = []
+    platform = demo_platform(home)
+    try:
+        clear_demo(home)
+        out.print("A year of an airline's delay model: will this flight arrive more than 15 minutes late?")
+        children.append(train_demo(home))
+        platform.start(lambda text: out.print(f"  {text}", markup=False))
+        _await(children[0], out)
+        return _deliveries(home, children, json_file, rate, out, err, began)
+    except PortError as exc:
+        err.print(f"lockgate: {exc}", markup=False)
+        return 2 if isinstance(exc, BadInput) else 3
+    except KeyboardInterrupt:
+        err.print("interrupted; stopping everything")
+        return 130
+    finally:
+        for child in children:
+            child.stop()
+        platform.stop()
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _await(training: Part, out: Console) -> None:
+    """Waits for the models; what the training says is shown as it comes."""
+    said = 0
+    while True:
+        running = training.code() is None
+        lines = training.lines()
+        for line in lines[said:]:
+            out.print(f"  {line}", markup=False)
+        said = len(lines)
+        if not running:
+            break
+        time.sleep(0.2)
+    if training.code() != 0:
+        raise PortError(f"the models could not be trained: {training.last_words()}")
+
+
+def _deliveries(
+    home: Path, children: list[Part], json_file: Path | None, rate: float, out: Console, err: Console, began: float
+) -> int:
+    settings = Settings(home=home)
+    configure(settings)
+    book = ledger(settings)
+    stage = Stage(home / "clients.json")
+    before: list[str | None] = [None]
+
+    def current() -> str | None:
+        name = newest(book, MODEL)
+        return name if name != before[0] else None
+
+    clients: Part | None = None
+    with LiveView(out, book, current, above=stage.above, below=stage.below) as view:
+        for version in STORY:
+            stage.current = version
+            view.say(f"v{version}: {STORY[version]}")
+            code, outcome = guarded(lambda version=version: _deliver(home, version), err)  # type: ignore[misc]
+            if outcome is None:
+                return code
+            stage.outcomes[version] = outcome
+            before[0] = newest(book, MODEL)
+            if clients is None:
+                clients = replay(home, located(settings).gateway, MODEL, rate)
+                children.append(clients)
+                _first_answers(stage, clients)
+    assert clients is not None
+    clients.stop()
+    return _finish(home, stage, json_file, out, began)
+
+
+def _deliver(home: Path, version: str) -> dict[str, Any]:
+    from flows.deliver import Delivery, deliver
+    from policies import policy
+
+    library = Path(policy.__file__).parent / "library"
+    folder = home / "models" / f"v{version}"
+    request = Delivery(
+        model=MODEL,
+        source=str(folder / "model.onnx"),
+        policy=(library / f"{POLICY}.yaml").read_text(),
+        policy_folder=str(library),
+        validation=str(folder / "validation.parquet"),
+        reference=str(folder / "reference.parquet"),
+        expected=str(folder / "expected.parquet"),
+        metrics=json.loads((folder / "metrics.json").read_text()),
+        by="demo",
+        reason=STORY[version],
+    )
+    return deliver(request)
+
+
+def _first_answers(stage: Stage, clients: Part) -> None:
+    """Live traffic runs before the next version comes."""
+    limit = time.monotonic() + 30.0
+    while stage.clients()["requests"] == 0:
+        if clients.code() is not None or time.monotonic() > limit:
+            raise PortError(f"no traffic came to the gateway: {clients.last_words()}")
+        time.sleep(0.1)
+
+
+def _finish(home: Path, stage: Stage, json_file: Path | None, out: Console, began: float) -> int:
+    """The table, the JSON file, and how to look further."""
+    clients = stage.clients()
+    keys = ("version", "outcome", "reason", "seconds", "candidate_requests")
+    document = {
+        "deliveries": [{key: outcome[key] for key in keys} for outcome in stage.outcomes.values()],
+        "clients": {"requests": clients["requests"], "failed": clients["failed"]},
+    }
+    table = Table("version", "outcome", "seconds", "requests served", "failed", "reason", box=None)
+    for outcome in stage.outcomes.values():
+        table.add_row(
+            f"v{outcome['version']}",
+            outcome["outcome"].replace("_", " "),
+            f"{outcome['seconds']:.0f}",
+            str(outcome["candidate_requests"]),
+            str(outcome["candidate_errors"]),
+            outcome["reason"],
+        )
+    out.print(table)
+    out.print(f"Clients sent {clients['requests']} requests; {clients['failed']} failed.")
+    reports = [outcome["report"] for outcome in stage.outcomes.values() if outcome["report"]]
+    out.print(f"{time.monotonic() - began:.0f} s in all. Reports, kept with each version's run in MLflow:")
+    for report in reports:
+        out.print(f"  {report}", markup=False)
+    out.print("To look at it all in the Prefect and MLflow UIs:")
+    out.print(f"  LOCKGATE_HOME={home} lockgate up", markup=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(document, indent=2) + "\n")
+    as_told = {version: outcome["outcome"] for version, outcome in stage.outcomes.items()} == EXPECTED
+    return 0 if as_told and clients["failed"] == 0 else 1

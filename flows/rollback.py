@@ -1,0 +1,106 @@
+"""Back to the former version: a rollout under way is aborted; else the last proven version is rolled out again.
+
+A manual rollback is a rollout whose candidate is the former champion: the same machine, no second path. It has no
+stages (the version was proven before), and needs neither the registry nor the network to the artifact store.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import asdict, replace
+from typing import Any
+
+from prefect import flow
+from prefect.context import FlowRunContext
+
+from flows.deliver import Outcome, conclude, in_prefect, whoami
+from flows.publish import Publisher
+from flows.rollout import Controller, fold, order
+from flows.wiring import connect
+from policies.events import Phase, Requested, to_body
+from policies.rollout import Rollout
+from policies.verdict import GateReport, Verdict
+from tasks.ports import Entry, NotThere, PortError, Ports
+
+_WAIT_S = 300.0
+
+
+@flow(name="rollback", flow_run_name="{model} → local: rolling back")
+def rollback(model: str, reason: str, by: str = "") -> dict[str, Any]:
+    """Takes the model back; returns an `Outcome` as a dictionary. Raises NotThere with nothing to go back to."""
+    context = FlowRunContext.get()
+    publisher = Publisher(context.flow_run.id if context and context.flow_run else None, "local")
+    try:
+        return asdict(rollback_with(connect(), model, reason, by or whoami(), publisher))
+    finally:
+        publisher.close()
+
+
+def rollback_with(ports: Ports, model: str, reason: str, by: str, observer: Any) -> Outcome:
+    """The rollback, on the given ports."""
+    active = next(iter(ports.ledger.rollouts(model, active=True)), None)
+    if active is not None:
+        return _abort(ports, active, by, reason)
+    former, entries = _former(ports, model)
+    name = f"{model}-v{former.candidate}-back-{uuid.uuid4().hex[:8]}"
+    holder = ports.ledger.claim(model, "local", name)
+    if holder != name:
+        return _abort(ports, holder, by, reason)
+    began = ports.clock.now()
+    try:
+        _begin(ports, former, entries, name, by, reason)
+        state = Controller(ports, name, whoami(), in_prefect, _proven_before, observer).drive()
+    finally:
+        ports.ledger.release(model, "local", name)
+    return conclude(ports, name, state, ports.clock.now() - began)
+
+
+def _abort(ports: Ports, active: str, by: str, reason: str) -> Outcome:
+    """Orders the rollout under way to go back, and waits until it has."""
+    began = ports.clock.now()
+    state = fold(ports.ledger.read(active))
+    if state is None:
+        raise PortError(f"rollout {active} has just been claimed and not begun; try again")
+    if state.phase is not Phase.ROLLING_BACK:
+        order(ports, active, by, "abort", reason)
+    while ports.clock.now() - began < _WAIT_S:
+        state = fold(ports.ledger.read(active))
+        if state is not None and state.ended and not state.pending:
+            return conclude(ports, active, state, ports.clock.now() - began)
+        ports.clock.sleep(0.2)
+    raise PortError(f"rollout {active} was told to go back, but nobody has carried it out in {_WAIT_S:.0f} s")
+
+
+def _former(ports: Ports, model: str) -> tuple[Rollout, list[Entry]]:
+    """The last promoted rollout of a version that is not in service and not in quarantine, with its entries."""
+    route = ports.router.current(model)
+    serving = route.stable if route else None
+    for name in ports.ledger.rollouts(model):
+        entries = ports.ledger.read(name)
+        state = fold(entries)
+        if state is None or state.phase is not Phase.PROMOTED or state.candidate == serving:
+            continue
+        if ports.ledger.quarantined(state.digest) is None:
+            return state, entries
+    raise NotThere(f"{model} has no former version to go back to; it serves v{serving}")
+
+
+def _begin(ports: Ports, former: Rollout, entries: list[Entry], name: str, by: str, reason: str) -> None:
+    route = ports.router.current(former.model)
+    event = Requested(
+        at=ports.clock.now(),
+        number=0,
+        model=former.model,
+        candidate=former.candidate,
+        digest=former.digest,
+        stable=route.stable if route else None,
+        terms=replace(former.terms, stops=(), watch_s=0.0, watch_shadow=0),
+        reason=reason,
+    )
+    kind, body = to_body(event)
+    kept = {key: entries[0].body[key] for key in ("policy", "policy_digest")}
+    ports.ledger.append(name, 1, event.at, by, kind, {**body, **kept, "back_from": event.stable})
+
+
+def _proven_before(state: Rollout, _policy: Any) -> list[GateReport]:
+    return [GateReport("proven", Verdict.PASS, f"v{state.candidate} was promoted before")]

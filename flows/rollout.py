@@ -1,0 +1,368 @@
+"""The interpreter of the rollout machine: events into the ledger, effects into the world, in that order.
+
+A `Controller` drives one rollout from wherever its ledger says that it stands. Each event is durable before its
+effects are carried out; each effect names the entry that asked for it. Killed anywhere, the next controller goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from policies import gates, rollout
+from policies.events import (
+    Checked,
+    Do,
+    Done,
+    Effect,
+    Event,
+    Failed,
+    Looked,
+    Lost,
+    Ordered,
+    Phase,
+    Taken,
+    Ticked,
+    from_body,
+    to_body,
+)
+from policies.evidence import Evidence
+from policies.policy import Policy
+from policies.rollout import Rollout
+from policies.traffic import Route
+from policies.verdict import GateReport, Verdict, worst
+from tasks.deployment import deploy, deployment, undeploy
+from tasks.evidence import Lookout
+from tasks.outcome import quarantine, set_champion, tell
+from tasks.ports import BadInput, Entry, NotThere, PortError, Ports, Refused
+from tasks.registration import fetch
+from tasks.traffic import route_for, set_traffic
+
+_RETRY_S = (0.5, 1.0, 2.0, 5.0, 10.0)
+_FLUSH_S = 30.0  # how long an ended rollout's controller waits for the outbox; `reconcile` goes on with the rest
+
+
+class Superseded(Exception):
+    """Another controller holds this rollout now; this one has stopped, and has done no harm."""
+
+
+class Runner(Protocol):
+    """Runs a Prefect task; the simulation has its own, without the engine."""
+
+    def __call__(self, task: Any, *args: Any, name: str = "") -> Any: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher is told after each event."""
+
+    rollout: str
+    state: Rollout
+    event: Event
+    reports: tuple[GateReport, ...] = ()
+    evidence: Evidence | None = None
+
+
+Observer = Callable[[Progress], None]
+Checks = Callable[[Rollout, Policy], Sequence[GateReport]]
+
+
+def policy_of(entries: Sequence[Entry]) -> Policy:
+    """The policy that the rollout was requested under: it is in the first entry, whatever became of the file."""
+    return Policy.model_validate(entries[0].body["policy"])
+
+
+def fold(entries: Sequence[Entry]) -> Rollout | None:
+    """The state of the rollout that the entries tell of; None without entries."""
+    return rollout.fold(from_body(entry.kind, entry.body, entry.at, entry.number) for entry in entries)
+
+
+def evidence_of(entry: Entry) -> Evidence | None:
+    """The evidence that the entry's look was decided on, if it is a look."""
+    body = entry.body.get("evidence")
+    return gates.evidence_from(body) if body is not None else None
+
+
+@dataclass
+class Controller:
+    """Drives one rollout to its end. `who` names this controller in the ledger; it must be unique to the process."""
+
+    ports: Ports
+    rollout: str
+    who: str
+    run: Runner
+    checks: Checks
+    observe: Observer = lambda _progress: None
+
+    def drive(self) -> Rollout:
+        """The rollout's state once it has ended and nothing is left to be done (or the rest must be left to others).
+
+        Raises Superseded when another controller took over, PortError when the ledger cannot be reached.
+        """
+        self._load()
+        self._append(Taken(0.0, 0, self.who))
+        self._adopt()
+        flush_until: float | None = None
+        while not self.state.settled:
+            if self.state.ended and not self.state.pending:
+                flush_until = flush_until or self.ports.clock.now() + _FLUSH_S
+                if not self._flush() and self.ports.clock.now() >= flush_until:
+                    break
+            elif self.state.in_force:
+                self.run(stage, self, name=f"{self.state.label}")
+            else:
+                self._advance()
+        return self.state
+
+    # ------------------------------------------------------------ the ledger
+
+    def _load(self) -> None:
+        entries = self.ports.ledger.read(self.rollout)
+        state = fold(entries)
+        if state is None:
+            raise ValueError(f"the ledger has no rollout '{self.rollout}'")
+        self.state = state
+        self.sequence = entries[-1].sequence
+        self.policy = policy_of(entries)
+        self.gates = gates.begin(self.policy)
+        for entry in entries:
+            evidence = evidence_of(entry)
+            if evidence is not None:
+                self.gates, _ = gates.look(self.policy, int(entry.body["stage"]), self.gates, evidence)
+        self.lookout = Lookout(self.ports.telemetry, self.policy)
+        self.tries = 0
+        self.outbox_at: dict[str, tuple[int, float]] = {}
+
+    def _append(
+        self,
+        event: Event,
+        extra: Mapping[str, Any] | None = None,
+        reports: tuple[GateReport, ...] = (),
+        evidence: Evidence | None = None,
+    ) -> None:
+        """Makes the event durable, then lets the machine take it. Somebody else's entries are taken in first."""
+        kind, body = to_body(event)
+        while True:
+            now = self.ports.clock.now()
+            rollout.step(self.state, replace(event, at=now))  # what the machine would refuse is never written
+            try:
+                entry = self.ports.ledger.append(
+                    self.rollout, self.sequence + 1, now, self.who, kind, {**body, **(extra or {})}
+                )
+                break
+            except Refused:
+                self._catch_up()
+        self.sequence = entry.sequence
+        written = replace(event, at=entry.at, number=entry.number)
+        before = self.state.moved_by
+        self.state, _ = rollout.step(self.state, written)
+        if self.state.moved_by != before:
+            self.tries = 0
+        self.observe(Progress(self.rollout, self.state, written, reports, evidence))
+
+    def _catch_up(self) -> None:
+        """Takes in what others wrote: a person's order is obeyed; another controller's claim ends this one."""
+        for entry in self.ports.ledger.read(self.rollout):
+            if entry.sequence <= self.sequence:
+                continue
+            event = from_body(entry.kind, entry.body, entry.at, entry.number)
+            if isinstance(event, Taken) and event.by != self.who:
+                raise Superseded(f"{event.by} has taken over rollout {self.rollout}")
+            self.state, _ = rollout.step(self.state, event)
+            self.sequence = entry.sequence
+            self.observe(Progress(self.rollout, self.state, event))
+
+    def _try_append(self, event: Event, **extra: Any) -> None:
+        """As `_append`, for an event that somebody else's order may have overtaken: then the order stands."""
+        try:
+            self._append(event, **extra)
+        except rollout.Illegal:
+            self.observe(Progress(self.rollout, self.state, event))
+
+    # ------------------------------------------------------------ taking over
+
+    def _adopt(self) -> None:
+        """Does the world agree with the ledger? A route that was taken back while nobody looked is a loss."""
+        if not (self.state.in_force and self.state.stable):
+            return
+        route = self.ports.router.current(self.state.model)
+        if route is None or route.epoch != self.state.epoch or route.candidate != self.state.candidate:
+            self._append(Lost(0.0, 0, "the traffic was taken back while no controller looked after the rollout"))
+
+    # ------------------------------------------------------------ effects
+
+    def _advance(self) -> None:
+        """Carries out what the rollout waits for; what fails is tried again until the machine's time for it is up."""
+        effect = self.state.pending[0]
+        try:
+            outcome = self._carry_out(effect)
+        except PortError as exc:
+            final = isinstance(exc, (BadInput, NotThere, Refused))
+            self._try_append(Failed(0.0, 0, effect.id, str(exc), final))
+            if not final:
+                self._wait(_RETRY_S[min(self.tries, len(_RETRY_S) - 1)])
+                self.tries += 1
+            return
+        self._try_append(outcome[0], **outcome[1])
+
+    def _carry_out(self, effect: Effect) -> tuple[Event, dict[str, Any]]:
+        done = (Done(0.0, 0, effect.id), dict[str, Any]())
+        if effect.do is Do.CHECK:
+            reports = tuple(self.checks(self.state, self.policy))
+            verdict = worst(report.verdict for report in reports)
+            extra = {"reports": [asdict(report) for report in reports]}
+            return Checked(0.0, 0, _settle(verdict), _because(verdict, reports)), {"extra": extra, "reports": reports}
+        if effect.do is Do.DEPLOY:
+            self._ensure_stable(effect)
+            self._deploy(self.state.candidate, self.state.digest)
+            return done
+        assert effect.do is Do.ROUTE
+        route = route_for(self.state, effect, self.policy.rollout.lease)
+        self.run(set_traffic, self.ports.router, route, name=_route_name(self.state, effect))
+        return done
+
+    def _ensure_stable(self, effect: Effect) -> None:
+        """A champion that the registry names but nobody serves is started, before anything is compared with it."""
+        model, stable = self.state.model, self.state.stable
+        route = self.ports.router.current(model)
+        if stable is None or (route is not None and route.stable == stable):
+            return
+        self._deploy(stable, self.ports.registry.version(model, stable).digest)
+        alone = Route(model, stable=stable, epoch=effect.asked_by)
+        self.run(set_traffic, self.ports.router, alone, name=f"route: v{stable} alone")
+
+    def _deploy(self, number: str, digest: str) -> None:
+        model = self.state.model
+        onnx = self.ports.target.stored(digest)
+        if onnx is None:
+            version = self.ports.registry.version(model, number)
+            onnx = self.run(fetch, self.ports.registry, version, name=f"fetch v{number}").onnx
+        wanted = deployment(self.policy, model, number, digest, onnx)
+        self.run(deploy, self.ports.target, wanted, name=f"deploy v{number}")
+
+    def _flush(self) -> bool:
+        """Tries what is due in the outbox; true if anything was done."""
+        now = self.ports.clock.now()
+        for effect in self.state.outbox:
+            tries, due = self.outbox_at.get(effect.id, (0, now))
+            if now < due:
+                continue
+            try:
+                self._deliver(effect)
+            except PortError:
+                # It stays in the ledger as asked for and not done; whoever drives or reconciles tries again.
+                delay = _RETRY_S[min(tries, len(_RETRY_S) - 1)]
+                self.outbox_at[effect.id] = (tries + 1, now + delay)
+                continue
+            self._try_append(Done(0.0, 0, effect.id))
+            return True
+        if self.state.ended:
+            self._wait(_RETRY_S[0])
+        return False
+
+    def _deliver(self, effect: Effect) -> None:
+        ports, state = self.ports, self.state
+        if effect.do is Do.ALIAS:
+            assert effect.version is not None
+            previous = state.stable if effect.version == state.candidate else None
+            self.run(set_champion, ports.registry, state.model, effect.version, previous, name="set aliases")
+        elif effect.do is Do.UNDEPLOY:
+            assert effect.version is not None
+            self.run(undeploy, ports.target, state.model, effect.version, name=f"undeploy v{effect.version}")
+        elif effect.do is Do.QUARANTINE:
+            self.run(quarantine, ports.ledger, self.rollout, state, effect.text, name="quarantine")
+        else:
+            self.run(tell, ports.registry, self.rollout, state, ports.clock.now(), name=f"tell: {state.label}")
+
+    # ------------------------------------------------------------ a stage
+
+    def watch_stage(self) -> None:
+        """Looks until the machine moves on."""
+        moved_by = self.state.moved_by
+        while self.state.in_force and self.state.moved_by == moved_by:
+            began = self.ports.clock.now()
+            self._renew()
+            if self.state.in_force and self.state.moved_by == moved_by:
+                self._look()
+            if self.state.in_force and self.state.outbox:
+                self._flush()
+            self._wait(self.policy.rollout.look_every - (self.ports.clock.now() - began))
+
+    def _renew(self) -> None:
+        if self.state.stable is None:
+            return
+        try:
+            self.ports.router.renew(self.state.model, self.state.epoch)
+        except Refused as exc:
+            self._try_append(Lost(0.0, 0, f"the traffic was taken back: {exc}"))
+        except PortError:
+            # Whoever holds the route takes it back when the lease runs out; the next renewal then says so.
+            self.observe(Progress(self.rollout, self.state, Ticked(self.ports.clock.now(), 0)))
+
+    def _look(self) -> None:
+        evidence = self.lookout.look(self.state, self.ports.clock.now())
+        number = len(self.policy.rollout.stages) if self.state.phase is Phase.WATCHING else self.state.stage
+        self.gates, reports = gates.look(self.policy, number, self.gates, evidence)
+        verdict = worst(report.verdict for report in reports)
+        extra = {
+            "stage": number,
+            "reports": [asdict(report) for report in reports],
+            "evidence": asdict(evidence),
+        }
+        self._try_append(
+            Looked(0.0, 0, verdict, _because(verdict, reports)), extra=extra, reports=reports, evidence=evidence
+        )
+
+    def _wait(self, seconds: float) -> None:
+        if seconds > 0:
+            self.ports.clock.sleep(seconds)
+        limit = rollout.due(self.state)
+        if limit is not None and self.ports.clock.now() >= limit:
+            self._try_append(Ticked(0.0, 0))
+
+
+def _settle(verdict: Verdict) -> Verdict:
+    """A check has no next look: what holds has not passed."""
+    return Verdict.FAIL if verdict is Verdict.HOLD else verdict
+
+
+def _because(verdict: Verdict, reports: Sequence[GateReport]) -> str:
+    """Why the verdict fell: the words of the gates that decided it."""
+    if verdict is Verdict.PASS:
+        return gates.summary(tuple(reports))
+    deciding = [report for report in reports if report.verdict is verdict]
+    return "; ".join(f"{report.gate}: {report.says}" for report in deciding) or "no gate has said anything"
+
+
+def _route_name(state: Rollout, effect: Effect) -> str:
+    if effect.version is not None:
+        return f"route: v{effect.version} alone"
+    return f"route: v{state.candidate} {effect.weight} % live, {effect.shadow} % shadow"
+
+
+def order(ports: Ports, name: str, who: str, what: str, reason: str) -> Rollout:
+    """A person's order, written to the rollout's ledger, where its controller finds it within one look.
+
+    Raises `rollout.Illegal` where the order makes no sense, and ValueError for an unknown rollout.
+    """
+    for _ in range(20):
+        entries = ports.ledger.read(name)
+        state = fold(entries)
+        if state is None:
+            raise ValueError(f"the ledger has no rollout '{name}'")
+        event = Ordered(ports.clock.now(), 0, what, reason)
+        after, _ = rollout.step(state, event)
+        kind, body = to_body(event)
+        try:
+            ports.ledger.append(name, entries[-1].sequence + 1, event.at, who, kind, body)
+        except Refused:
+            continue  # the controller wrote at the same moment: read again
+        return after
+    raise PortError(f"could not write the order '{what}' to rollout {name}: too many writers")
+
+
+stage = task(name="stage", cache_policy=NO_CACHE)(Controller.watch_stage)

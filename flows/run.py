@@ -1,0 +1,120 @@
+"""A command that drives a flow: connects, shows what happens, and turns how it ended into an exit code."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from rich.console import Console
+
+from flows.live import LiveView
+from flows.overview import newest
+from flows.settings import Settings
+from flows.wiring import configure, connect, ledger
+from policies.policy import PolicyError
+from tasks.ports import BadInput, Ledger, NotThere, PortError, Refused
+
+DONE, REFUSED, USAGE, UNFINISHED = 0, 1, 2, 3
+
+
+def exit_code(outcome: dict[str, Any]) -> int:
+    """0 promoted, 1 taken back or refused by a gate or a person, 3 where something could not be done."""
+    if outcome["outcome"] == "promoted":
+        return DONE
+    return UNFINISHED if outcome["unfinished"] or outcome["outcome"] == "halted" else REFUSED
+
+
+def guarded(work: Callable[[], dict[str, Any]], err: Console) -> tuple[int, dict[str, Any] | None]:
+    """The work's outcome and exit code; every foreseen error is one sentence and the code that goes with it."""
+    try:
+        outcome = work()
+        return exit_code(outcome), outcome
+    except (PortError, PolicyError) as exc:
+        err.print(f"lockgate: {exc}", markup=False)
+        if isinstance(exc, (BadInput, NotThere, PolicyError)):
+            return USAGE, None
+        return (REFUSED if isinstance(exc, Refused) else UNFINISHED), None
+
+
+def run_delivery(
+    settings: Settings, request: dict[str, Any], out: Console | None, err: Console
+) -> tuple[int, dict[str, Any] | None]:
+    """Delivers on the running platform, with the live view on `out`; exit code and outcome."""
+
+    def work() -> dict[str, Any]:
+        configure(settings)
+        from flows.deliver import Delivery, deliver
+
+        asked = Delivery.model_validate({"by": f"{getpass.getuser()}", **request})
+        with follow(out, ledger(settings), asked.model):
+            return deliver(asked)
+
+    code, outcome = guarded(work, err)
+    if outcome is not None and out is not None:
+        say_outcome(outcome, out)
+    return code, outcome
+
+
+def run_rollback(
+    settings: Settings, model: str, reason: str, out: Console | None, err: Console
+) -> tuple[int, dict[str, Any] | None]:
+    """Takes the model back to its former version; exit code 0 once that serves alone."""
+
+    def work() -> dict[str, Any]:
+        configure(settings)
+        from flows.rollback import rollback
+
+        with follow(out, ledger(settings), model):
+            return rollback(model, reason or "rollback ordered by hand", getpass.getuser())
+
+    code, outcome = guarded(work, err)
+    if outcome is not None and out is not None:
+        say_outcome(outcome, out)
+    if outcome is not None and outcome["outcome"] == "rolled_back" and not outcome["unfinished"]:
+        return DONE, outcome  # a rollout under way was taken back: that is what was asked for
+    return code, outcome
+
+
+def follow(out: Console | None, book: Ledger, model: str) -> AbstractContextManager[Any]:
+    """A live view of the model's next rollout; nothing without a console."""
+    if out is None:
+        return nullcontext()
+    before = newest(book, model)
+
+    def current() -> str | None:
+        name = newest(book, model)
+        return name if name != before else None
+
+    return LiveView(out, book, current)
+
+
+def say_outcome(outcome: dict[str, Any], out: Console) -> None:
+    """The outcome, in a few lines that stay."""
+    out.print(
+        f"{outcome['model']} v{outcome['version']}: {outcome['outcome'].replace('_', ' ')}"
+        f" after {outcome['seconds']:.0f} s: {outcome['reason']}",
+        markup=False,
+    )
+    if outcome.get("report"):
+        out.print(f"report: {outcome['report']}", markup=False)
+
+
+def give_order(settings: Settings, model: str, what: str, reason: str) -> tuple[int, str]:
+    """Writes a person's order for the model's rollout under way; exit code and what the state is then."""
+    from flows.rollout import order
+    from policies.rollout import Illegal
+
+    try:
+        ports = connect(settings)
+        active = next(iter(ports.ledger.rollouts(model, active=True)), None)
+        if active is None:
+            return USAGE, f"no rollout of '{model}' is under way"
+        state = order(ports, active, f"{getpass.getuser()}/{os.getpid()}", what, reason)
+    except Illegal as exc:
+        return USAGE, f"{what} makes no sense now: {exc}"
+    except PortError as exc:
+        return UNFINISHED, str(exc)
+    return DONE, state.label

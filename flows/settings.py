@@ -1,0 +1,42 @@
+"""Settings: `LOCKGATE_*` variables first, then `lockgate.toml` in the current folder, then defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+class Settings(BaseSettings):
+    """Where this command finds its platform. The three addresses default to what `lockgate up` wrote down."""
+
+    model_config = SettingsConfigDict(env_prefix="LOCKGATE_", toml_file="lockgate.toml", extra="forbid")
+
+    home: Path = Field(Path("~/.lockgate"), description="Folder of the local platform: data, logs, sockets.")
+    prefect_port: int = Field(4200, ge=1, le=65535)
+    mlflow_port: int = Field(5000, ge=1, le=65535)
+    gateway_port: int = Field(8080, ge=1, le=65535)
+    mlflow_url: str | None = Field(None, description="An MLflow server elsewhere.")
+    prefect_url: str | None = Field(None, description="A Prefect server elsewhere.")
+    ledger_url: str | None = Field(None, description="SQLAlchemy URL of the ledger; SQLite in `home` by default.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @property
+    def folder(self) -> Path:
+        return self.home.expanduser().absolute()

@@ -1,0 +1,155 @@
+"""The one place that names adapters: ports, for the platform that the settings point to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+
+from flows.settings import Settings
+from infra.platform_local import (
+    SILENCE,
+    Addresses,
+    LocalPlatform,
+    free_port,
+    running,
+)
+from infra.platform_local import (
+    Part as Part,
+)
+from tasks.ports import BadInput, Ledger, PortError, Ports
+
+
+class SystemClock:
+    """The machine's clock."""
+
+    def now(self) -> float:
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def platform(settings: Settings) -> LocalPlatform:
+    """The local platform that the settings describe, not started."""
+    return LocalPlatform(
+        settings.folder,
+        prefect_port=settings.prefect_port,
+        mlflow_port=settings.mlflow_port,
+        gateway_port=settings.gateway_port,
+    )
+
+
+def located(settings: Settings) -> Addresses:
+    """Where the running platform is. Raises PortError with what to do if none runs."""
+    addresses = running(settings.folder)
+    if addresses is None:
+        raise PortError(f"no platform runs in {settings.folder}; start one with: lockgate up")
+    return addresses
+
+
+def configure(settings: Settings | None = None) -> None:
+    """Points Prefect and MLflow of this process at the platform; to be called before either is imported."""
+    settings = settings or Settings()
+    addresses = located(settings)
+    os.environ.update(SILENCE)
+    os.environ["LOCKGATE_HOME"] = str(settings.folder)  # for `connect` within a flow
+    os.environ["PREFECT_API_URL"] = settings.prefect_url or f"{addresses.prefect}/api"
+    os.environ["PREFECT_HOME"] = str(settings.folder / "prefect")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ["MLFLOW_TRACKING_URI"] = settings.mlflow_url or addresses.mlflow
+
+
+def demo_folder(settings: Settings, keep: Path | None) -> Path:
+    """Where the demo's data goes: the folder asked for, or `demo` beside the local platform's data."""
+    return (keep or settings.folder / "demo").expanduser().absolute()
+
+
+def clear_demo(home: Path) -> None:
+    """An empty demo folder. Raises BadInput for a folder with other things in it, or where a platform runs."""
+    if running(home) is not None:
+        raise BadInput(f"a platform runs in {home}; stop it first: LOCKGATE_HOME={home} lockgate down")
+    mark = home / ".lockgate-demo"
+    if home.exists() and any(home.iterdir()) and not mark.exists():
+        raise BadInput(f"{home} is not empty and was not made by a demo; choose another with --keep")
+    shutil.rmtree(home, ignore_errors=True)
+    (home / "logs").mkdir(parents=True)
+    mark.touch()
+
+
+def demo_platform(home: Path) -> LocalPlatform:
+    """A platform of the demo's own, on free ports."""
+    return LocalPlatform(home, free_port(), free_port(), free_port())
+
+
+def train_demo(home: Path) -> Part:
+    """The process that trains the demo's models into `home/models`; started."""
+    command = [sys.executable, "-m", "infra.training_sklearn", "--out", str(home / "models")]
+    part = Part("training", command, {}, home / "logs" / "training.log")
+    part.start()
+    return part
+
+
+def replay(home: Path, gateway: str, model: str, rate: float) -> Part:
+    """The process that plays the demo's live traffic, counting into `home/clients.json`; started."""
+    rows = ["--rows", str(home / "models" / "live.parquet")]
+    where = ["--url", gateway, "--model", model, "--rps", f"{rate:g}", "--out", str(home / "clients.json")]
+    command = [sys.executable, "-m", "infra.clients_replay", *rows, *where]
+    part = Part("clients", command, {}, home / "logs" / "clients.log")
+    part.start()
+    return part
+
+
+def ledger(settings: Settings) -> Ledger:
+    """The ledger alone; it needs no running platform if its URL is set or its file is there."""
+    from infra.ledger_sql import SqlLedger
+
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    return SqlLedger(settings.ledger_url or f"sqlite:///{settings.folder / 'ledger.db'}")
+
+
+def supervisor_of(settings: Settings) -> int | None:
+    """The process that supervises the platform in the folder, if one runs."""
+    addresses = running(settings.folder)
+    return addresses.pid if addresses else None
+
+
+def connect(settings: Settings | None = None) -> Ports:
+    """The ports, bound to the running platform; the same ones each time. Raises PortError if there is none."""
+    settings = settings or Settings()
+    return _bound(settings.model_dump_json(), located(settings).pid)
+
+
+@lru_cache(maxsize=1)
+def _bound(settings_json: str, _platform: int) -> Ports:
+    """One set of adapters a process: some hold a worker process whose vendor takes seconds to import."""
+    from infra.drift_evidently import EvidentlyDrift
+    from infra.probe_http import HttpProbe
+    from infra.report_html import HtmlReporter
+
+    from infra.contract_great_expectations import GreatExpectationsContract
+    from infra.inspector_onnx import OnnxInspector
+    from infra.registry_mlflow import MlflowRegistry
+    from infra.router_envoy import EnvoyRouter
+    from infra.rows_arrow import ArrowRows
+    from infra.target_local import LocalTarget
+    from infra.telemetry import LiveTelemetry
+
+    settings = Settings.model_validate_json(settings_json)
+    addresses = located(settings)
+    return Ports(
+        registry=MlflowRegistry(settings.mlflow_url or addresses.mlflow, settings.folder / "cache"),
+        inspector=OnnxInspector(),
+        rows=ArrowRows(),
+        contract=GreatExpectationsContract(),
+        probe=HttpProbe(),
+        target=LocalTarget(addresses.agent_home),
+        router=EnvoyRouter(addresses.agent_home),
+        telemetry=LiveTelemetry(addresses.agent_home, EvidentlyDrift()),
+        ledger=ledger(settings),
+        reporter=HtmlReporter(),
+        clock=SystemClock(),
+    )

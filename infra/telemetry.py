@@ -1,0 +1,82 @@
+"""Telemetry of the local target: the gateway's and the servers' counters, and the rows that the servers sampled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infra.drift_evidently import EvidentlyDrift
+from infra.samples_arrow import SampledRows
+from infra.telemetry_envoy import EnvoyCounts
+from policies.evidence import Counts, Drift, Pairs
+from tasks.ports import NotThere
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_WINDOW_ROWS = 20_000
+_SETTLE_S = 3.0  # segments are written every second, and a copy may be answered after the original
+_OWN = ("prediction", "status", "row")
+
+
+@dataclass
+class _Counted:
+    """Pairs counted so far, for stable requests answered up to `until`."""
+
+    until: float
+    compared: int = 0
+    differing: int = 0
+
+
+class LiveTelemetry:
+    """Reads one agent's data plane. Not safe for several threads."""
+
+    def __init__(self, agent_home: Path, drift: EvidentlyDrift) -> None:
+        self._counts = EnvoyCounts(agent_home)
+        self._samples = SampledRows(agent_home)
+        self._drift = drift
+        self._pairs: dict[tuple[str, str, str], _Counted] = {}
+
+    def counts(self, model: str, version: str, shadow: bool) -> Counts:
+        return self._counts.counts(model, version, "shadow" if shadow else "live")
+
+    def drift(
+        self, model: str, stable: str, candidate: str, columns: Sequence[str], method: str, since: float
+    ) -> Drift:
+        tables = [self._samples.read(model, version, since, _WINDOW_ROWS) for version in (stable, candidate)]
+        names = [name if name in _OWN else f"in.{name}" for name in columns]
+        for version, table in zip((stable, candidate), tables, strict=True):
+            missing = [name for name in names if name not in table.column_names]
+            if table.num_rows == 0 or missing:
+                raise NotThere(f"{model} v{version} has no sampled rows with {', '.join(missing or names)} yet")
+        return self._drift.compare(tables[0].select(names), tables[1].select(names), tuple(names), method)
+
+    def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:
+        counted = self._pairs.setdefault((model, stable, candidate), _Counted(since))
+        until = time.time() - _SETTLE_S
+        if until > counted.until:
+            first = self._samples.read(model, stable, counted.until)
+            second = self._samples.read(model, candidate, counted.until - _SETTLE_S)
+            compared, differing = _compare(first, second, counted.until, until, tolerance)
+            counted.compared += compared
+            counted.differing += differing
+            counted.until = until
+        return Pairs(counted.compared, counted.differing)
+
+
+def _compare(first: pa.Table, second: pa.Table, after: float, until: float, tolerance: float) -> tuple[int, int]:
+    """Rows of `first` answered in (after, until] that `second` has too, and how many of them have another answer."""
+    import pyarrow.compute as pc
+
+    if first.num_rows == 0 or second.num_rows == 0:
+        return 0, 0
+    keep = ["request_id", "row", "prediction"]
+    inside = pc.and_(pc.greater(first["time"], after), pc.less_equal(first["time"], until))
+    mine = first.filter(inside).select(keep)
+    both = mine.join(second.select(keep), ["request_id", "row"], join_type="inner", right_suffix="_second")
+    apart = pc.abs(pc.subtract(both["prediction"], both["prediction_second"]))
+    differing = pc.sum(pc.cast(pc.invert(pc.less_equal(apart, tolerance)), "int64")).as_py() or 0  # NaN differs
+    return both.num_rows, int(differing)

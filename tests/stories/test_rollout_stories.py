@@ -1,0 +1,183 @@
+"""The life of a rollout, told from outside: what is asked, what the traffic does, what is on the record."""
+
+from __future__ import annotations
+
+import pytest
+
+from policies.events import Phase
+from policies.verdict import GateReport, Verdict
+from tasks.ports import PortError
+from tests.stories.world import MODEL, POLICY, World
+
+
+def test_a_good_version_climbs_every_stage_and_ends_alone_with_the_alias() -> None:
+    world = World()
+    state = world.drive()
+    assert state.phase is Phase.PROMOTED
+    assert world.weights == [
+        ("1", None, 0, 0),
+        ("1", "2", 0, 100),
+        ("1", "2", 20, 0),
+        ("1", "2", 50, 0),
+        ("1", "2", 100, 25),
+        ("2", None, 0, 0),
+    ]
+    assert world.registry.aliases == {"champion": "2", "previous": "1"}
+    assert world.target.running(MODEL) == {"2": "digest-2"}
+    assert world.registry.tags["2"]["lockgate.outcome"] == "promoted"
+    assert state.settled
+
+
+def test_a_version_that_fails_more_often_is_taken_back_and_its_bytes_are_quarantined() -> None:
+    world = World().given("2", errors=0.10)
+    state = world.drive()
+    assert state.phase is Phase.ROLLED_BACK
+    assert "errors" in state.reason
+    assert world.router.current(MODEL).stable == "1"  # type: ignore[union-attr]
+    assert world.ledger.quarantined("digest-2") is not None
+    assert world.registry.aliases == {"champion": "1"}
+    assert "2" not in world.target.running(MODEL)
+
+
+def test_an_incident_that_hits_both_versions_rolls_nothing_back() -> None:
+    state = World().given("1", errors=0.05).given("2", errors=0.05).drive()
+    assert state.phase is Phase.PROMOTED
+
+
+def test_without_any_traffic_nothing_is_promoted() -> None:
+    world = World()
+    world.telemetry.silent = True
+    state = world.drive()
+    assert state.phase is Phase.ROLLED_BACK
+    assert "not enough evidence" in state.reason
+    assert world.ledger.quarantined("digest-2") is None, "nothing was shown against the bytes"
+
+
+def test_a_first_version_that_passes_its_checks_gets_all_traffic_at_once() -> None:
+    world = World(first=True)
+    state = world.drive()
+    assert state.phase is Phase.PROMOTED
+    assert world.weights[-1] == ("2", None, 0, 0)
+
+
+def test_a_version_that_fails_its_checks_never_gets_a_request() -> None:
+    world = World()
+    world.checks = [GateReport("quality", Verdict.FAIL, "worse by 5 points")]
+    state = world.drive()
+    assert state.phase is Phase.REFUSED
+    assert "worse by 5 points" in state.reason
+    assert world.weights == [("1", None, 0, 0)]
+
+
+def test_a_check_that_only_holds_has_not_passed() -> None:
+    world = World()
+    world.checks = [GateReport("quality", Verdict.HOLD, "no rows")]
+    assert world.drive().phase is Phase.REFUSED
+
+
+def test_a_registry_that_is_down_does_not_stand_in_the_way_of_a_rollback() -> None:
+    world = World().given("2", errors=0.10)
+    world.registry.down = True
+    state = world.drive()
+    assert state.phase is Phase.ROLLED_BACK
+    assert not state.settled, "the tag is still owed"
+    assert world.router.current(MODEL).candidate is None  # type: ignore[union-attr]
+
+
+def test_what_is_still_owed_is_done_by_whoever_drives_next() -> None:
+    world = World().given("2", errors=0.10)
+    world.registry.down = True
+    world.drive()
+    world.registry.down = False
+    state = world.controller(who="controller-2").drive()
+    assert state.settled
+    assert world.registry.tags["2"]["lockgate.outcome"] == "rolled_back"
+
+
+def test_a_source_that_is_down_for_less_than_its_grace_rolls_nothing_back() -> None:
+    world = World()
+    controller = world.controller(world.request())
+    began = world.clock.now()
+    world.clock.alarms.append(lambda: setattr(world.telemetry, "down", 12.0 < world.clock.now() - began < 20.0))
+    assert controller.drive().phase is Phase.PROMOTED
+
+
+def test_the_controller_that_was_taken_over_stops_and_writes_nothing() -> None:
+    from flows.rollout import Superseded
+
+    world = World()
+    first = world.controller(world.request())
+    second = world.controller(who="controller-2")
+    taken = []
+
+    def take_over() -> None:
+        if world.clock.monotonic > 5 and not taken:
+            taken.append(True)
+            second.drive()
+
+    world.clock.alarms.append(take_over)
+    with pytest.raises(Superseded):
+        first.drive()
+    actors = [entry.actor for entry in world.ledger.entries]
+    assert "controller-1" not in actors[actors.index("controller-2") :]
+
+
+def test_a_lease_that_ran_out_while_nobody_looked_ends_the_rollout_on_stable() -> None:
+    world = World()
+    controller = world.controller(world.request())
+    slept = []
+
+    def stopped_for_a_minute() -> None:
+        if world.clock.monotonic > 15 and not slept:
+            slept.append(True)
+            world.clock.sleep(60.0)
+
+    world.clock.alarms.append(stopped_for_a_minute)
+    state = controller.drive()
+    assert state.phase is Phase.ROLLED_BACK
+    assert "taken back" in state.reason
+    assert world.ledger.quarantined("digest-2") is None
+
+
+def test_a_router_that_is_down_at_the_rollback_is_asked_again_until_it_answers() -> None:
+    world = World().given("2", errors=0.10)
+    controller = world.controller(world.request())
+    world.clock.alarms.append(lambda: setattr(world.router, "down", 9 < world.clock.monotonic < 25))
+    state = controller.drive()
+    assert state.phase is Phase.ROLLED_BACK
+    assert world.router.current(MODEL).candidate is None  # type: ignore[union-attr]
+
+
+def test_the_ledger_out_of_reach_is_an_error_that_loses_nothing() -> None:
+    world = World()
+    controller = world.controller(world.request())
+    world.clock.alarms.append(lambda: setattr(world.ledger, "down", world.clock.monotonic > 12))
+    with pytest.raises(PortError):
+        controller.drive()
+    world.ledger.down = False
+    world.clock.alarms.pop()
+    assert world.controller(who="controller-2").drive().phase in (Phase.PROMOTED, Phase.ROLLED_BACK)
+
+
+def test_orders_are_obeyed_within_a_look() -> None:
+    from flows.rollout import order
+
+    world = World()
+    controller = world.controller(world.request())
+    given = []
+
+    def abort() -> None:
+        if world.clock.monotonic > 12 and not given:
+            given.append(True)
+            order(world.ports, "r1", "ann", "abort", "the call centre says no")
+
+    world.clock.alarms.append(abort)
+    state = controller.drive()
+    assert state.phase is Phase.ROLLED_BACK
+    assert "the call centre says no" in state.reason
+    assert world.ledger.quarantined("digest-2") is None
+
+
+def test_a_lower_error_budget_needs_no_other_code() -> None:
+    world = World(POLICY.replace("rollout:", "rollout:\n  error_budget: 0.01"))
+    assert world.drive().phase is Phase.PROMOTED
