@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from policies.evidence import LATENCY_EDGES_MS
 from policies.traffic import Route
 from serving import gateway, routes
 from serving.agent_errors import AgentError, BadRequest, Conflict, NotDurable, StartError
@@ -76,6 +77,7 @@ class Agent:
             tuple[Route, float]
         ] = []  # routes just left, with the time until when requests may be on them
         self._unapplied = False
+        self._in_force: list[Route] = []
         self._warned: set[str] = set()
         self._lease_task: asyncio.Task[None] | None = None
         for folder in ("models", "logs", "run", "samples", "envoy"):
@@ -100,6 +102,8 @@ class Agent:
         envoys = found.pop(self._envoy.what, [])
         await asyncio.gather(*(process.stop(5.0) for processes in found.values() for process in processes))
         await self._envoy.begin(envoys[0] if envoys else None, self._clusters(), self._routes())
+        self._in_force = [held.route for held in self._held.values()]
+        self._unapplied = False
         self._tell("agent-started", f"the agent started with {len(specs)} versions, {adopted} processes still running")
         self._lease_task = asyncio.create_task(self._keep_leases(), name="leases")
 
@@ -225,11 +229,45 @@ class Agent:
             try:
                 async with self._lock:
                     if self._end_leases() or self._unapplied or self._former_over():
-                        await self._apply()
-            except AgentError as exc:  # tried again at the next turn, until it is in force
-                self._warn_once(f"the routes are not in force yet: {exc}")
+                        await self._apply_or_suspend()
             except Exception:  # noqa: BLE001 - nothing may end the enforcement of leases; it is logged in full
                 _log.exception("the lease check failed; it goes on")
+
+    async def _apply_or_suspend(self) -> None:
+        """Brings the routes in force. Where the gateway cannot be told (a full disk), whoever lost a share is stopped:
+        the gateway then finds nobody there, and asks the stable version. Tried again at the next turn.
+        """
+        try:
+            await self._apply()
+        except AgentError as exc:
+            self._warn_once(f"the routes are not in force yet: {exc}")
+            for model, version in self._lost_shares():
+                runner = self._runners[model, version]
+                says = f"version {version} of {model} is stopped, since the gateway could not be told to leave it"
+                self._tell("suspended", says, model=model, version=version)
+                await runner.suspend()
+        else:
+            for runner in self._runners.values():
+                if runner.suspended:
+                    runner.resume()
+
+    def _lost_shares(self) -> list[tuple[str, str]]:
+        """Running versions that had a share of the traffic in the last routes in force, and shall have none."""
+        lost = []
+        for route in self._in_force:
+            held = self._held.get(route.model)
+            wanted = dict(gateway.shares(held.route)) if held else {}
+            for version, _ in gateway.shares(route):
+                runner = self._runners.get((route.model, version))
+                if version not in wanted and runner is not None and not runner.suspended and self._covered(route.model):
+                    lost.append((route.model, version))
+        return lost
+
+    def _covered(self, model: str) -> bool:
+        """Whether the model's stable version has a ready replica to answer instead."""
+        held = self._held.get(model)
+        capacity = self._capacity(model).get(held.route.stable or "") if held else None
+        return capacity is not None and capacity.ready > 0
 
     def _end_leases(self) -> bool:
         """Takes the share from every candidate whose lease is over. True if any was."""
@@ -271,6 +309,7 @@ class Agent:
         self._unapplied = True
         await self._envoy.put("clusters", self._clusters())
         await self._envoy.put("routes", self._routes())
+        self._in_force = [held.route for held in self._held.values()]
         self._unapplied = False
         self._warned.clear()
 
@@ -455,6 +494,9 @@ def _parse(arguments: Sequence[str] | None) -> AgentSettings:
         shadow_timeout_s=given.shadow_timeout_s,
         access_log=str(home / "logs" / "access.log") if given.access_log else None,
     )
+    longest_s = LATENCY_EDGES_MS[-1] / 1000
+    if not 0 < given.attempt_timeout_s <= given.request_timeout_s <= longest_s:
+        parser.error(f"0 < --attempt-timeout-s <= --request-timeout-s <= {longest_s:g} must hold")
     made = AgentSettings(home, settings, given.gateway_threads)
     if given.server_command:
         made = replace(made, server_command=tuple(shlex.split(given.server_command)))

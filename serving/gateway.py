@@ -46,7 +46,8 @@ class GatewaySettings:
     """What holds for all models. Durations in seconds, sizes in bytes.
 
     `attempt_timeout_s` bounds one attempt (then the stable version is asked), `request_timeout_s` the whole request,
-    `shadow_timeout_s` a copy. A body beyond `body_bytes_max` is refused: it could not be sent a second time.
+    `shadow_timeout_s` a copy. What takes longer than `LATENCY_EDGES_MS[-1]` could not be counted by its latency. A body
+    beyond `body_bytes_max` is refused with 413: it could not be sent a second time.
     """
 
     host: str = "127.0.0.1"
@@ -166,7 +167,9 @@ def _action(route: Route, settings: GatewaySettings) -> _Json:
         ],
         "timeout": _duration(settings.request_timeout_s),
         "retry_policy": {
-            "retry_on": "5xx,reset,connect-failure,refused-stream",
+            "retry_on": "5xx,reset,connect-failure,refused-stream,retriable-status-codes",
+            # A candidate with too little room answers 429; the stable version has room for what it had before.
+            "retriable_status_codes": [429] if route.weight > 0 and route.stable is not None else [],
             "num_retries": 1,
             "per_try_timeout": _duration(settings.attempt_timeout_s),
             "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.002s"},

@@ -153,6 +153,6 @@ def route_from(body: Mapping[str, Any], model: str) -> Route:
     if lease is not None and (isinstance(lease, bool) or not isinstance(lease, int | float) or not 0 < lease < 86400):
         raise BadRequest(f"'lease_s' must be seconds between 0 and 86400, or null, not {lease!r}")
     try:
-        return Route(**{**body, "model": model})
+        return Route(**{"stable": None, **body, "model": model})
     except (TypeError, ValueError) as exc:
         raise BadRequest(str(exc)) from exc

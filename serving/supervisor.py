@@ -228,6 +228,9 @@ class VersionRunner:
         self.spec = spec
         self.samples = places.samples
         self.stopping = False
+        self.suspended = False
+        self._places = places
+        self._tell = tell
         places.samples.mkdir(parents=True, exist_ok=True)
         self.replicas = [Replica(spec, number, places, tell) for number in range(spec.replicas)]
 
@@ -243,6 +246,18 @@ class VersionRunner:
         """Drains and ends all replicas."""
         self.stopping = True
         await asyncio.gather(*(replica.stop() for replica in self.replicas))
+
+    async def suspend(self) -> None:
+        """Ends all replicas at once, until `resume`: what still comes for this version fails, and is answered by the
+        stable one."""
+        self.suspended = True
+        await self.stop()
+
+    def resume(self) -> None:
+        """Runs the replicas again after `suspend`."""
+        self.suspended = self.stopping = False
+        self.replicas = [Replica(self.spec, number, self._places, self._tell) for number in range(self.spec.replicas)]
+        self.begin({})
 
     @property
     def ready(self) -> int:

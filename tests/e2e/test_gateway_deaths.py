@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import resource
 import signal
 import subprocess
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.agent_client import AgentAbsent
+from infra.agent_client import AgentAbsent, AgentError
 from tests.serving.running_agent import RunningAgent, ask_on, gone, until
 
 pytestmark = pytest.mark.e2e
@@ -216,3 +217,24 @@ def test_a_busy_gateway_port_is_one_clear_error(agent: RunningAgent, tmp_path: P
     assert f"cannot listen on 127.0.0.1:{agent.port}" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert other.children() == []
+
+
+def test_a_disk_that_takes_no_more_gives_no_share_and_cannot_keep_one(agent: RunningAgent) -> None:
+    """Refused: a larger share. Carried out all the same: going back, and the end of a lease."""
+    agent.deploy("1")
+    agent.deploy("2")
+    agent.route("1", "2", weight=50, epoch=1, lease_s=2.0)
+    assert agent.process is not None
+    limits = resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE, (0, limits[1]))  # no file may grow
+    with pytest.raises(AgentError, match="could not write"):
+        agent.route("1", "2", weight=60, epoch=2, lease_s=2.0)
+    with load(agent) as seen:
+        until(lambda: "lease-lost" in [event["kind"] for event in agent.client.events()], "the lease is lost", 6.0)
+        until(lambda: agent.version("2")["state"] == "stopping", "version 2 is stopped", 6.0)
+        time.sleep(0.2)
+        assert agent.ask_many(50) == {(200, "1"): 50}
+        resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE, limits)
+        until(lambda: agent.version("2")["state"] == "ready", "version 2 runs again, without a share")
+        assert agent.ask_many(50) == {(200, "1"): 50}
+    assert only_successes(seen), seen

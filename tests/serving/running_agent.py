@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,15 @@ class RunningAgent:
             seen[answer.status, answer.version] += 1
         connection.close()
         return seen
+
+    def ask_as(self, users: Iterable[str], path: str = "/v2/models/m/infer") -> Iterator[tuple[str, str]]:
+        """Which version answers each user."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        for user in users:
+            answer = ask_on(connection, path, {"x-lockgate-key": user})
+            assert answer.status == 200, answer
+            yield user, answer.version
+        connection.close()
 
 
 def ask_on(connection: http.client.HTTPConnection, path: str, headers: dict[str, str]) -> Answer:
