@@ -52,7 +52,8 @@ class LiveTelemetry:
             missing = [name for name in names if name not in table.column_names]
             if table.num_rows == 0 or missing:
                 raise NotThere(f"{model} v{version} has no sampled rows with {', '.join(missing or names)} yet")
-        return self._drift.compare(tables[0].select(names), tables[1].select(names), tuple(names), method)
+        of = f"{model} {stable} {candidate} {since}"
+        return self._drift.compare(tables[0], tables[1], tuple(names), method, of)
 
     def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:
         counted = self._pairs.setdefault((model, stable, candidate), _Counted(since))

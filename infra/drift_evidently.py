@@ -1,0 +1,354 @@
+"""Two windows of sampled rows compared by Evidently's statistics, in a process of their own.
+
+Evidently takes 5 to 15 s to import and 300 MB, so its only importer is a worker process that this adapter starts when
+it is first needed (`warm` starts it earlier), and ends with `close`. Evidently gives the distance; what that distance
+would be by chance comes from a permutation test of the pooled rows, since Evidently's own default tests raise an alarm
+on equal windows too often or see too little, depending on the number of rows. Missing values, which Evidently drops
+silently, are counted here.
+
+A text column is compared as categories, for which `psi`, `jensenshannon` and `hellinger` are defined.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.evidence import ColumnDrift, Drift
+from tasks.ports import BadInput, NotThere, PortError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+METHODS = ("wasserstein", "ks", "psi", "jensenshannon", "hellinger")
+_FOR_TEXT = ("psi", "jensenshannon", "hellinger")
+_ENOUGH_LARGER = 10  # permutations with a larger distance after which the p-value is known well enough
+_RESAMPLES = 30
+_UPPER_SD = 2.33  # standard deviations to the one-sided 99 % limit
+_REPORT_ROWS = 2000
+_REPORT_TIMEOUT_S = 180.0
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A window's values by column, as the worker takes them; missing values are NaN or None."""
+
+    values: Mapping[str, NDArray[Any]]
+    rows: int
+
+
+class EvidentlyDrift:
+    """Compares windows. Not safe for several threads. `close` ends the worker."""
+
+    def __init__(
+        self, permutations: int = 1999, rows_max: int = 3000, wait_s: float = 2.0, timeout_s: float = 60.0
+    ) -> None:
+        """`rows_max` of each window are compared, evenly thinned; one comparison may take `timeout_s` at most."""
+        self._permutations = permutations
+        self._rows_max = rows_max
+        self._wait_s = wait_s
+        self._timeout_s = timeout_s
+        self._worker: tuple[subprocess.Popen[bytes], Connection] | None = None
+        self._numbers = itertools.count(1)
+        self._under_way: tuple[int, object, float] | None = None
+
+    def warm(self) -> None:
+        """Starts the worker, without waiting for it."""
+        self._connection()
+
+    def close(self) -> None:
+        """Ends the worker. Idempotent."""
+        if self._worker is not None:
+            process, connection = self._worker
+            self._worker, self._under_way = None, None
+            connection.close()
+            process.kill()
+            process.wait()
+
+    def __enter__(self) -> EvidentlyDrift:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def compare(
+        self, reference: pa.Table, current: pa.Table, columns: Sequence[str], method: str = "wasserstein", of: str = ""
+    ) -> Drift:
+        """The windows' distances column by column, with the p-value of the largest under permutation.
+
+        With `of`, the name of what is compared, a call waits `wait_s` at most: it raises NotThere while the comparison
+        is under way, and the next call with the same `of` brings its result. Without, it waits until it is done.
+        Rows whose `status` is an HTTP error are left out, where the tables have that column.
+        Raises BadInput for a column or method that cannot be compared, NotThere for a window without rows, PortError
+        when there is nothing but missing values to compare, or the worker fails.
+        """
+        if method not in METHODS:
+            raise BadInput(f"method '{method}' is not known; it is one of {', '.join(METHODS)}")
+        what = (of, tuple(columns), method)
+        if not (of and self._under_way is not None and self._under_way[1] == what):
+            windows = [
+                _window(table, columns, method, self._rows_max, name)
+                for table, name in ((reference, "stable version's"), (current, "candidate's"))
+            ]
+            self._submit("compare", (*windows, method, self._permutations), what)
+        answer = self._receive(self._wait_s if of else self._timeout_s, patient=bool(of))
+        assert isinstance(answer, Drift)
+        return answer
+
+    def report_html(self, reference: pa.Table, current: pa.Table, path: Path) -> Path:
+        """Evidently's own report on the columns that both tables have, as one HTML file at `path`.
+
+        Up to 2,000 rows of each. Raises NotThere for a window without rows, PortError when the worker fails.
+        """
+        names = [name for name in reference.column_names if name in current.column_names]
+        if not reference.num_rows or not current.num_rows or not names:
+            raise NotThere("no rows to report on")
+        windows = [_window(table, names, "psi", _REPORT_ROWS, "report's", smallest=1) for table in (reference, current)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._submit("report", (*windows, str(path)), None)
+        self._receive(_REPORT_TIMEOUT_S, patient=False)
+        return path
+
+    # ------------------------------------------------------------ the worker
+
+    def _connection(self) -> Connection:
+        if self._worker is not None and self._worker[0].poll() is not None:
+            self.close()
+        if self._worker is None:
+            ours, theirs = Pipe()
+            descriptor = theirs.fileno()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "infra.drift_evidently", str(descriptor)],
+                pass_fds=(descriptor,),
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": str(_ROOT), "DO_NOT_TRACK": "1", "MPLBACKEND": "Agg"},
+            )
+            theirs.close()
+            self._worker = process, ours
+        return self._worker[1]
+
+    def _submit(self, kind: str, body: tuple[Any, ...], what: object) -> None:
+        number = next(self._numbers)
+        try:
+            self._connection().send((number, kind, body))
+        except OSError as exc:
+            self.close()
+            raise PortError(f"the drift worker ended: {exc}") from exc
+        self._under_way = (number, what, time.monotonic() + self._timeout_s)
+
+    def _receive(self, wait_s: float, patient: bool) -> Any:
+        """The answer to what is under way. `patient`: not being ready yet is NotThere, until the time-out is over."""
+        assert self._under_way is not None
+        number, _, limit = self._under_way
+        connection = self._connection()
+        until = time.monotonic() + wait_s
+        try:
+            while connection.poll(max(until - time.monotonic(), 0.0)):
+                answered, error, answer = connection.recv()
+                if answered != number:
+                    continue  # of an earlier question that nobody waits for any more
+                self._under_way = None
+                if error is not None:
+                    raise PortError(f"Evidently could not compare: {error}")
+                return answer
+        except (EOFError, OSError) as exc:
+            self.close()
+            raise PortError("the drift worker ended in the middle of a comparison") from exc
+        if patient and time.monotonic() < limit:
+            raise NotThere("the windows are being compared")
+        self.close()
+        raise PortError(f"no comparison after {self._timeout_s:g} s; the drift worker was ended")
+
+
+def _window(
+    table: pa.Table, columns: Sequence[str], method: str, rows_max: int, owner: str, smallest: int = 2
+) -> Columns:
+    """The table's columns as arrays: numbers as float64 with NaN for missing, text as objects with None."""
+    import pyarrow.compute as pc
+
+    if "status" in table.column_names:
+        table = table.filter(pc.less(table["status"], 400))
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise BadInput(f"the {owner} rows have no column '{missing[0]}'; they have {', '.join(table.column_names)}")
+    if table.num_rows < smallest:
+        raise NotThere(f"the {owner} window has {table.num_rows} rows")
+    if table.num_rows > rows_max:
+        table = table.take(np.linspace(0, table.num_rows - 1, rows_max).astype(np.int64))
+    return Columns({name: _array(table[name], name, method) for name in columns}, table.num_rows)
+
+
+def _array(column: pa.ChunkedArray, name: str, method: str) -> NDArray[Any]:
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        values: NDArray[Any] = column.cast(pa.float64()).to_numpy()
+        return np.where(np.isfinite(values), values, np.nan)
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
+        raise BadInput(f"column '{name}' holds {kind}, which is neither numbers nor text")
+    if method not in _FOR_TEXT:
+        raise BadInput(f"column '{name}' is text; compare it by {', '.join(_FOR_TEXT)} instead of {method}")
+    return np.array(column.to_pylist(), dtype=object)
+
+
+# ---------------------------------------------------------------- within the worker
+
+Distance = Callable[[NDArray[Any], NDArray[Any]], float]
+
+
+def work(connection: Connection) -> None:
+    """Answers questions until the other side is gone."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    while True:
+        try:
+            number, kind, body = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer: Any = compare(*body) if kind == "compare" else _write_report(*body)
+            error = None
+        except Exception as exc:  # noqa: BLE001 - whatever Evidently raises is the answer to this question, not our end
+            answer, error = None, f"{type(exc).__name__}: {' '.join(str(exc).split())}"
+        try:
+            connection.send((number, error, answer))
+        except OSError:
+            return  # nobody waits for it any more
+
+
+def compare(reference: Columns, current: Columns, method: str, permutations: int, seed: int = 0) -> Drift:
+    """The comparison itself; see `EvidentlyDrift.compare`. Imports Evidently."""
+    generator = np.random.default_rng(seed)
+    names = list(reference.values)
+    distances = {name: _distance(method, reference.values[name]) for name in names}
+    pooled = {name: np.concatenate([reference.values[name], current.values[name]]) for name in names}
+    for name in names:
+        if _present(pooled[name]).size == 0:
+            raise ValueError(f"column '{name}' has nothing but missing values")
+    order = np.arange(reference.rows + current.rows)
+
+    def measure(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        first, second = rows[: reference.rows], rows[reference.rows :]
+        return np.array([_between(distances[name], pooled[name][first], pooled[name][second]) for name in names])
+
+    seen = measure(order)
+    if not np.isfinite(seen).all():
+        raise ValueError(f"the {method} distance of column '{names[int(np.argmin(np.isfinite(seen)))]}' is not finite")
+    larger, larger_max, done = np.zeros(len(names)), 0, 0
+    while done < permutations and larger_max < _ENOUGH_LARGER:
+        permuted = measure(generator.permutation(order))
+        done += 1
+        larger += permuted >= seen
+        larger_max += bool(permuted.max() >= seen.max())
+    high = seen + _UPPER_SD * _spread(reference, current, distances, generator)
+    columns = tuple(
+        ColumnDrift(
+            column=name,
+            method=method,
+            statistic=float(seen[i]),
+            p_value=float((larger[i] + 1) / (done + 1)),
+            missing_stable=_missing(reference.values[name]),
+            missing_candidate=_missing(current.values[name]),
+            high=float(high[i]),
+        )
+        for i, name in enumerate(names)
+    )
+    # Stopped early, the p-value is that of Besag and Clifford, "Sequential Monte Carlo p-values", Biometrika 1991.
+    chance = larger_max / done if larger_max >= _ENOUGH_LARGER else (larger_max + 1) / (done + 1)
+    return Drift(reference.rows, current.rows, columns, float(chance))
+
+
+def _spread(
+    reference: Columns, current: Columns, distances: Mapping[str, Distance], generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """The distances' standard deviation, by resampling the rows of each window."""
+    drawn = []
+    for _ in range(_RESAMPLES):
+        first = generator.integers(0, reference.rows, reference.rows)
+        second = generator.integers(0, current.rows, current.rows)
+        drawn.append(
+            [_between(d, reference.values[name][first], current.values[name][second]) for name, d in distances.items()]
+        )
+    return np.asarray(np.std(np.array(drawn, dtype=float), axis=0, ddof=1), dtype=float)
+
+
+def _between(distance: Distance, first: NDArray[Any], second: NDArray[Any]) -> float:
+    """The distance of what is there. Where one side has nothing, that is for the test of missing values to say."""
+    first, second = _present(first), _present(second)
+    return distance(first, second) if first.size and second.size else 0.0
+
+
+def _distance(method: str, sample: NDArray[Any]) -> Distance:
+    """Evidently's statistic, set explicitly (its default changes with the number of rows)."""
+    import pandas as pd
+    from scipy.stats import ks_2samp
+
+    if method == "ks":
+        # Evidently's `ks` gives the p-value of this very function; a distance is needed here.
+        return lambda first, second: float(ks_2samp(first, second).statistic)
+    from evidently.legacy.calculations.stattests import get_stattest
+    from evidently.legacy.core import ColumnType
+
+    kind = ColumnType.Categorical if sample.dtype == object else ColumnType.Numerical
+    test = get_stattest(pd.Series(sample[:2]), pd.Series(sample[:2]), kind, method)
+    return lambda first, second: float(test.func(pd.Series(first), pd.Series(second), kind, 0.1)[0])
+
+
+def _present(values: NDArray[Any]) -> NDArray[Any]:
+    if values.dtype == object:
+        return values[[value is not None for value in values]]
+    return np.asarray(values[np.isfinite(values)])
+
+
+def _missing(values: NDArray[Any]) -> float:
+    return 1.0 - _present(values).size / max(values.size, 1)
+
+
+def _write_report(reference: Columns, current: Columns, path: str) -> str:
+    """Evidently's drift report; for people, not for verdicts."""
+    import pandas as pd
+    from evidently import DataDefinition, Dataset, Report
+    from evidently.presets import DataDriftPreset
+
+    names = [name for name in reference.values if _present(reference.values[name]).size]
+    names = [name for name in names if _present(current.values[name]).size]
+    definition = DataDefinition(
+        numerical_columns=[name for name in names if reference.values[name].dtype != object],
+        categorical_columns=[name for name in names if reference.values[name].dtype == object],
+    )
+    frames = [
+        Dataset.from_pandas(pd.DataFrame({name: window.values[name] for name in names}), data_definition=definition)
+        for window in (current, reference)
+    ]
+    aside = f"{path}.part"
+    Report([DataDriftPreset()], include_tests=False).run(frames[0], frames[1]).save_html(aside)
+    Path(aside).replace(path)
+    return path
+
+
+def main(descriptor: int) -> None:
+    """The worker's life: import first, so that the first question need not wait for it."""
+    os.dup2(2, 1)  # what a vendor prints is for the log
+    with Connection(descriptor) as connection:
+        import evidently.legacy.calculations.stattests  # noqa: F401
+
+        work(connection)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
