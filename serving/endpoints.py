@@ -34,6 +34,8 @@ from serving.errors import (
 )
 from serving.metrics import Metrics
 from serving.protocol import JSON, Call, Identity, InferenceProtocol
+from serving.protocol_mlflow import MlflowProtocol
+from serving.protocol_tfserving import TfServingProtocol
 from serving.tensors import Tensor
 
 STATUS: dict[type[Refused], int] = {
@@ -156,7 +158,11 @@ class Endpoints:
             if isinstance(outcome, Refused):
                 self._count(exchange, self._say_no(exchange, codec, outcome))
                 return
-            answer = call.encode(outcome)
+            try:
+                answer = call.encode(outcome)
+            except Refused as exc:
+                self._count(exchange, self._say_no(exchange, codec, exc))
+                return
             extra = b""
             if answer.header_length is not None:
                 extra = b"inference-header-content-length: %d\r\n" % answer.header_length
@@ -178,7 +184,14 @@ class Endpoints:
             b"/v2/health/live": {b"GET": _fixed({"live": True})},
             b"/v2/health/ready": {b"GET": self._ready({"ready": True})},
         }
+        rows, tables = TfServingProtocol(who), MlflowProtocol(who)
+        table[b"/invocations"] = {b"POST": self._predict(tables)}
+        table[b"/ping"] = table[b"/health"] = {b"GET": self._ready({})}
         for version in ("", f"/versions/{who.version}"):
+            base = f"/v1/models/{who.model}{version}".encode()
+            table[base] = {b"GET": self._ready(_tf_status(who))}
+            table[base + b"/metadata"] = {b"GET": _fixed(rows.metadata())}
+            table[base + b":predict"] = {b"POST": self._predict(rows)}
             base = f"/v2/models/{who.model}{version}".encode()
             table[base] = {b"GET": _fixed(self._metadata())}
             table[base + b"/ready"] = {b"GET": self._ready({"name": who.model, "ready": True})}
@@ -232,6 +245,13 @@ class Endpoints:
 def _fixed(answer: dict[str, Any]) -> Handler:
     body = orjson.dumps(answer)
     return lambda exchange: exchange.reply(200, body, JSON)
+
+
+def _tf_status(who: Identity) -> dict[str, Any]:
+    """TensorFlow Serving's status of the model, with the two fields in which KServe's first protocol says the same."""
+    status = {"error_code": "OK", "error_message": ""}
+    listed = [{"version": who.version, "state": "AVAILABLE", "status": status}]
+    return {"name": who.model, "ready": True, "model_version_status": listed}
 
 
 def _whole(text: bytes, name: str) -> int:

@@ -86,7 +86,7 @@ class Server:
                 return await self._loop.create_server(
                     self._host.connect, settings.host, settings.port, backlog=_BACKLOG, reuse_address=True
                 )
-            _free(settings.uds)
+            free(settings.uds)
             listener = await self._loop.create_unix_server(self._host.connect, str(settings.uds), backlog=_BACKLOG)
             settings.uds.chmod(0o600)
         except OSError as exc:
@@ -149,7 +149,7 @@ def predictor_for(signature: Signature, output: str | None, column: int) -> Pred
     return Predictor(None)
 
 
-def _free(path: Path) -> None:
+def free(path: Path) -> None:
     """Takes away the socket that a dead process left. Raises OSError when somebody listens there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with socket.socket(socket.AF_UNIX) as probe:
