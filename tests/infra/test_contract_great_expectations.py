@@ -105,3 +105,23 @@ def test_a_check_that_does_not_end_is_ended(tmp_path: Path, rows: Path) -> None:
     good = suite(tmp_path, {"type": "expect_column_to_exist", "kwargs": {"column": "origin"}})
     with pytest.raises(PortError, match=r"not checked on rows.csv within 0.01 s"):
         GreatExpectationsContract(timeout_s=0.01).check(good, rows)
+
+
+def test_the_flights_suite_of_the_library_is_met_by_sound_rows_and_not_by_slips_beyond_the_worlds_bounds(
+    tmp_path: Path,
+) -> None:
+    sound = {"label": "0", "origin": "EWR", "carrier": "UA", "dest": "IAH", "distance": "1400", "sched_dep_time": "515"}
+    sound |= {"sched_arr_time": "819", "day_of_week": "2", "flights_this_hour": "6", "airport_delay": "-1.5"}
+    sound |= {"seats": "-1", "plane_age": "14", "humid": "59.4", "wind_dir": "260", "wind_speed": "12.7"}
+    sound |= {"wind_gust": "12.7", "precip": "0.0", "pressure": "1011.9", "visib": "10.0"}
+    lines = [",".join(sound)]
+    for i in range(600):
+        slip = {"origin": "BOS", "sched_dep_time": "3999"} if i == 599 else {}
+        lines.append(",".join((sound | {"label": str(int(i % 4 == 0))} | slip).values()))
+    suite = Path(__file__).parents[2] / "policies" / "library" / "flights-expectations.yaml"
+    rows = tmp_path / "rows.csv"
+    rows.write_text("\n".join(lines[:-1]))
+    assert GreatExpectationsContract().check(suite, rows).breaches == ()
+    rows.write_text("\n".join(lines))
+    breaches = GreatExpectationsContract().check(suite, rows).breaches
+    assert [breach.column for breach in breaches] == ["origin", "sched_dep_time"]
