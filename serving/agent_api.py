@@ -23,8 +23,8 @@ from typing import Any
 from aiohttp import web
 
 from serving import routes
-from serving.agent import Agent
 from serving.agent_errors import AgentError, BadRequest
+from serving.node import Agent
 from serving.supervisor import VersionSpec
 
 BODY_BYTES_MAX = 1024 * 1024

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +100,24 @@ class ModelStore:
         return kept
 
     def prune(self, used: Iterable[str]) -> None:
-        """Drops bytes that no deployed version has, but for the newest few. What cannot be dropped stays."""
-        wanted = {self.path(digest) for digest in used}
-        with contextlib.suppress(OSError):
-            unused = [path for path in self._folder.glob("*.onnx") if path not in wanted]
-            unused.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-            for path in unused[UNUSED_MODELS_KEPT:]:
-                path.unlink(missing_ok=True)
+        """Drops bytes that no deployed version has, but for the newest few."""
+        drop_oldest(self._folder.glob("*.onnx"), {self.path(digest) for digest in used}, UNUSED_MODELS_KEPT)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def drop_oldest(paths: Iterable[Path], used: Container[Path], kept: int) -> None:
+    """Drops the files or folders that are not in use, but for the newest `kept`. What cannot be dropped stays."""
+    with contextlib.suppress(OSError):
+        unused = sorted((path for path in paths if path not in used), key=lambda path: path.stat().st_mtime)
+        for path in unused[: max(0, len(unused) - kept)]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class EventLog:

@@ -57,8 +57,9 @@ class GatewaySettings:
     request_timeout_s: float = 15.0
     attempt_timeout_s: float = 5.0
     shadow_timeout_s: float = 2.0
-    body_bytes_max: int = 64 * 1024 * 1024
+    body_bytes_max: int = 32 * 1024 * 1024  # the model server's own default
     shadow_requests_max: int = 256
+    connections_max: int = 20_000
     access_log: str | None = None
 
 
@@ -202,7 +203,11 @@ def shares(route: Route) -> list[tuple[str, int]]:
 
 
 def shadowed(route: Route) -> str | None:
-    """The version that gets copies: the candidate, or the stable version once the candidate answers everything."""
+    """The version that gets copies: the candidate, or the stable version once the candidate answers everything.
+
+    Envoy copies a route's requests whichever cluster answers them: with a weight between 1 and 99 as well, the
+    candidate would get copies of what it answers itself, too. No rollout asks for both.
+    """
     if route.shadow == 0:
         return None
     return route.stable if route.weight == 100 else route.candidate
@@ -225,14 +230,16 @@ def _not_served(known: str) -> _Json:
 def cluster_resources(routes: Iterable[Route], backends: Iterable[Backend], settings: GatewaySettings) -> list[_Json]:
     """The clusters of all deployed versions, and the arms of all routes (the former ones too, while they drain)."""
     found: dict[str, _Json] = {}
+    deployed: set[tuple[str, str]] = set()
     for backend in backends:
+        deployed.add((backend.model, backend.version))
         for role in ("live", "rescue", "shadow"):
             cluster = _cluster(role, backend, settings)
             found[cluster["name"]] = cluster
     for route in routes:
         # Both arms, also while one has no share: their statistics must not vanish and begin anew within a rollout.
         for version in (route.candidate, route.stable):
-            if version is None:
+            if version is None or (route.model, version) not in deployed:
                 continue
             arm = _arm(route.model, version, route.stable)
             found[arm["name"]] = arm
@@ -334,6 +341,18 @@ def bootstrap(settings: GatewaySettings, folder: PurePath) -> _Json:
         "admin": {"address": _socket(settings.admin_host, settings.admin_port)},
         "dynamic_resources": {"cds_config": _watched(folder / "clusters", "clusters.json")},
         "static_resources": {"listeners": [_listener(settings, folder)]},
+        "overload_manager": {
+            "resource_monitors": [
+                {
+                    "name": "envoy.resource_monitors.global_downstream_max_connections",
+                    "typed_config": {
+                        "@type": _TYPE
+                        + "envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+                        "max_active_downstream_connections": settings.connections_max,
+                    },
+                }
+            ]
+        },
         "stats_flush_interval": "0.5s",  # histograms are merged on flush only
         "stats_config": {
             "histogram_bucket_settings": [

@@ -82,7 +82,7 @@ class Replica:
         self._stopping = False
         name = hashlib.sha256(f"{spec.model}|{spec.version}|{number}".encode()).hexdigest()[:12]
         self.socket = places.sockets / f"{name}.sock"
-        self._log = places.logs / f"{name}.log"
+        self.log = places.logs / f"{name}.log"
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -142,7 +142,7 @@ class Replica:
     def _start(self) -> bool:
         self.socket.unlink(missing_ok=True)
         try:
-            self.process = start(self._command(), mark(self._places.home, self.what), self._log)
+            self.process = start(self._command(), mark(self._places.home, self.what), self.log)
         except OSError as exc:
             self.failures += 1
             self.why = f"cannot be started: {exc.strerror or exc}"
@@ -200,7 +200,7 @@ class Replica:
         self._tell("replica-ready", f"{self._name()} is ready", **self._facts())
 
     def _ended(self, process: Process, steady: bool) -> None:
-        words = last_words(self._log)
+        words = last_words(self.log)
         code = process.exit_code
         self.why = f"ended{'' if code is None else f' with code {code}'}{f': {words}' if words else ''}"
         self.process = None

@@ -1,0 +1,432 @@
+"""What runs and what is routed on this machine: the node agent without its process and its API.
+
+Its state is one file, written before anything is done about it; `begin` makes the machine be as the file says, going on
+with the processes that survived a killed agent. One coroutine at a time changes anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from policies.traffic import Route
+from serving import gateway, routes
+from serving.agent_errors import AgentError, BadRequest, Conflict, NotDurable, StartError
+from serving.durable import EventLog, ModelStore, drop_oldest, read_json, write_durably
+from serving.envoy import Envoy
+from serving.processes import Process, survivors
+from serving.supervisor import Places, VersionRunner, VersionSpec
+
+LEASE_CHECK_S = 0.2
+LEAVE_S = 0.2  # from the clusters' change being in force to the end of the server: what Envoy has just sent arrives
+UNUSED_SAMPLES_KEPT = 3  # versions, per model
+UNUSED_LOGS_KEPT = 50
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+
+_log = logging.getLogger("lockgate.node")
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """How an agent is started."""
+
+    home: Path
+    gateway: gateway.GatewaySettings
+    gateway_threads: int = 1
+    server_command: tuple[str, ...] = (sys.executable, "-m", "serving.server")
+
+
+def since_boot() -> float:
+    """Seconds since the machine was started, suspended time included: never jumps, and outlives the process."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class Agent:
+    """What runs and what is routed on this machine. One coroutine changes things at a time."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self.settings = settings
+        self.home = settings.home
+        self.started = time.time()
+        self._lock = asyncio.Lock()
+        self._runners: dict[tuple[str, str], VersionRunner] = {}
+        self._held: dict[str, routes.Held] = {}
+        self._former: list[
+            tuple[Route, float]
+        ] = []  # routes just left, with the time until when requests may be on them
+        self._leaving: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._unapplied = False
+        self._in_force: list[Route] = []
+        self._warned: set[str] = set()
+        self._lease_task: asyncio.Task[None] | None = None
+        for folder in ("models", "logs", "run", "samples", "envoy"):
+            (self.home / folder).mkdir(parents=True, exist_ok=True)
+        self._store = ModelStore(self.home / "models")
+        self._events = EventLog(self.home / "events.jsonl")
+        self._envoy = Envoy(self.home, settings.gateway, settings.gateway_threads, self._tell)
+
+    # --- life ---
+
+    async def begin(self) -> None:
+        """Everything that the state file names runs, or is being started. Raises StartError."""
+        try:
+            specs = self._load()
+        except AgentError as exc:
+            raise StartError(str(exc)) from exc
+        found = survivors(self.home)
+        adopted = sum(len(processes) for processes in found.values())
+        for spec in specs:
+            self._run(spec, found)
+        self._end_leases()
+        envoys = found.pop(self._envoy.what, [])
+        await asyncio.gather(*(process.stop(5.0) for processes in found.values() for process in processes))
+        await self._envoy.begin(envoys[0] if envoys else None, self._clusters(), self._routes())
+        self._in_force = [held.route for held in self._held.values()]
+        self._unapplied = False
+        self._tell("agent-started", f"the agent started with {len(specs)} versions, {adopted} processes still running")
+        self._lease_task = asyncio.create_task(self._keep_leases(), name="leases")
+
+    async def stop(self) -> None:
+        """Drains and ends the gateway, then the servers."""
+        if self._lease_task is not None:
+            self._lease_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._lease_task
+        await self._envoy.stop()
+        await asyncio.gather(*self._leaving.values(), *(runner.stop() for runner in self._runners.values()))
+
+    # --- what can be asked for ---
+
+    async def deploy(self, spec: VersionSpec, source: Path) -> None:
+        """The version is kept here and being started. Idempotent.
+
+        Raises Conflict for other bytes or settings under the same name, BadRequest, NotDurable.
+        """
+        _check_names(spec)
+        leaving = self._leaving.get((spec.model, spec.version))
+        if leaving is not None:  # its former processes still drain, and have its sockets
+            await asyncio.shield(leaving)
+        await asyncio.to_thread(self._store.add, source, spec.digest)  # may take long, so before the lock: leases go on
+        async with self._lock:
+            runner = self._runners.get((spec.model, spec.version))
+            if runner is not None:
+                if runner.spec.digest != spec.digest:
+                    raise Conflict(
+                        f"version {spec.version} of {spec.model} is deployed with the digest {runner.spec.digest},"
+                        f" not {spec.digest}",
+                        digest=runner.spec.digest,
+                    )
+                if runner.spec == spec:
+                    return
+                raise Conflict(
+                    f"version {spec.version} of {spec.model} is deployed with other settings"
+                    f" ({_difference(runner.spec, spec)}); undeploy it first"
+                )
+            self._save([*self._specs(), spec])
+            self._run(spec, {})
+            await self._apply()
+
+    async def undeploy(self, model: str, version: str) -> None:
+        """Drained and gone. Idempotent. Raises Conflict while the route sends it traffic."""
+        async with self._lock:
+            runner = self._runners.get((model, version))
+            if runner is None:
+                return
+            held = self._held.get(model)
+            if held is not None and version in _in_use(held.route):
+                raise Conflict(f"version {version} of {model} is in the route; route the traffic elsewhere first")
+            self._save([spec for spec in self._specs() if spec != runner.spec])
+            del self._runners[model, version]
+            self._former = [(route, until) for route, until in self._former if version not in _in_use(route)]
+            try:
+                await self._apply()
+            finally:
+                leaving = self._leaving[model, version] = asyncio.create_task(self._leave(runner))
+        await asyncio.shield(leaving)
+
+    async def _leave(self, runner: VersionRunner) -> None:
+        """Drained and ended, once no request can be on its way to it; of what it left behind, the newest is kept."""
+        spec = runner.spec
+        try:
+            await asyncio.sleep(LEAVE_S)
+            await runner.stop()
+        finally:
+            del self._leaving[spec.model, spec.version]
+        self._store.prune(each.digest for each in self._specs())
+        samples = {each.samples for each in self._runners.values()}
+        drop_oldest(runner.samples.parent.iterdir(), samples, UNUSED_SAMPLES_KEPT)
+        logs = {replica.log for each in self._runners.values() for replica in each.replicas}
+        drop_oldest((self.home / "logs").glob("????????????.*log"), logs, UNUSED_LOGS_KEPT)
+
+    async def set_route(self, route: Route) -> None:
+        """In force in the gateway when this returns. Raises Conflict, NotDurable, NotInForce."""
+        async with self._lock:
+            before = self._held.get(route.model)
+            for version in _in_use(route):
+                if (route.model, version) not in self._runners:
+                    raise Conflict(f"version {version} of {route.model} is not deployed here; deploy it first")
+            held = routes.changed(before, route, self._capacity(route.model), since_boot())
+            await self._take_on(held, before, may_be_lost=routes.without_more(before.route if before else None, route))
+
+    async def _take_on(self, held: routes.Held, before: routes.Held | None, may_be_lost: bool) -> None:
+        """Writes the route down, then brings it in force. With `may_be_lost` an unwritable disk does not prevent it."""
+        model = held.route.model
+        self._held[model] = held
+        try:
+            self._save(self._specs())
+        except NotDurable as exc:
+            if not may_be_lost:
+                if before is None:
+                    del self._held[model]
+                else:
+                    self._held[model] = before
+                raise
+            self._tell("not-durable", f"the route of {model} is in force but not on disk: {exc}", model=model)
+        if before is not None and before.route != held.route:
+            linger = since_boot() + 2 * self.settings.gateway.request_timeout_s
+            self._former.append((before.route, linger))
+        await self._apply()
+
+    async def renew(self, model: str, epoch: int) -> float | None:
+        """The lease begun anew; the seconds it now has. Raises Conflict."""
+        async with self._lock:
+            held = routes.renewed(self._held.get(model), model, epoch, since_boot())
+            self._held[model] = held
+            with contextlib.suppress(NotDurable):  # a restart would then find the older renewal: shorter, never longer
+                self._save(self._specs())
+            return held.lease_left_s(since_boot())
+
+    def events(self, after: int) -> list[dict[str, Any]]:
+        """What the agent did by itself after that event."""
+        return self._events.after(after)
+
+    def status(self) -> dict[str, Any]:
+        """Everything that runs and is routed, as the API answers it."""
+        models: dict[str, Any] = {}
+        for model in sorted({*self._held, *(model for model, _ in self._runners)}):
+            running = {version: runner for (name, version), runner in self._runners.items() if name == model}
+            models[model] = {
+                "route": self._route_status(model),
+                "versions": {version: running[version].status() for version in sorted(running)},
+            }
+        agent = {"pid": os.getpid(), "started": self.started}
+        return {"agent": agent, "gateway": self._envoy.status(), "models": models}
+
+    def _route_status(self, model: str) -> dict[str, Any] | None:
+        held = self._held.get(model)
+        if held is None:
+            return None
+        lost = asdict(held.lost) if held.lost else None
+        return {**asdict(held.route), "lease_left_s": held.lease_left_s(since_boot()), "lease_lost": lost}
+
+    # --- leases ---
+
+    async def _keep_leases(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_CHECK_S)
+            try:
+                async with self._lock:
+                    if self._end_leases() or self._unapplied or self._former_over():
+                        await self._apply_or_suspend()
+            except Exception:  # noqa: BLE001 - nothing may end the enforcement of leases; it is logged in full
+                _log.exception("the lease check failed; it goes on")
+
+    async def _apply_or_suspend(self) -> None:
+        """Brings the routes in force. Where the gateway cannot be told (a full disk), whoever lost a share is stopped:
+        the gateway then finds nobody there, and asks the stable version. Tried again at the next turn.
+        """
+        try:
+            await self._apply()
+        except AgentError as exc:
+            self._warn_once(f"the routes are not in force yet: {exc}")
+            for model, version in self._lost_shares():
+                runner = self._runners[model, version]
+                says = f"version {version} of {model} is stopped, since the gateway could not be told to leave it"
+                self._tell("suspended", says, model=model, version=version)
+                await runner.suspend()
+        else:
+            for runner in self._runners.values():
+                if runner.suspended:
+                    runner.resume()
+
+    def _lost_shares(self) -> list[tuple[str, str]]:
+        """Running versions that had a share of the traffic in the last routes in force, and shall have none."""
+        lost = []
+        for route in self._in_force:
+            held = self._held.get(route.model)
+            wanted = dict(gateway.shares(held.route)) if held else {}
+            for version, _ in gateway.shares(route):
+                runner = self._runners.get((route.model, version))
+                if version not in wanted and runner is not None and not runner.suspended and self._covered(route.model):
+                    lost.append((route.model, version))
+        return lost
+
+    def _covered(self, model: str) -> bool:
+        """Whether the model's stable version has a ready replica to answer instead."""
+        held = self._held.get(model)
+        capacity = self._capacity(model).get(held.route.stable or "") if held else None
+        return capacity is not None and capacity.ready > 0
+
+    def _end_leases(self) -> bool:
+        """Takes the share from every candidate whose lease is over. True if any was."""
+        ended = False
+        for model, held in list(self._held.items()):
+            if not routes.ran_out(held, since_boot()):
+                continue
+            lost = routes.back_on_stable(held, time.time())
+            epoch, route = held.route.epoch, held.route
+            capacity = self._capacity(model)
+            stable, candidate = capacity.get(route.stable or ""), capacity.get(route.candidate or "")
+            if self._lease_task is not None and (not stable or not stable.ready) and candidate and candidate.ready:
+                # Going back would be an outage: the candidate is the only healthy copy. Go back as soon as that ends.
+                self._warn_once(
+                    f"the lease of epoch {epoch} for {model} is over, but version {route.stable} has no ready replica"
+                )
+                continue
+            self._held[model] = lost
+            self._former.append((route, since_boot() + 2 * self.settings.gateway.request_timeout_s))
+            says = f"the lease of epoch {epoch} for {model} ran out: all traffic goes back to version {route.stable}"
+            self._tell("lease-lost", says, model=model, epoch=epoch, candidate=route.candidate)
+            ended = self._unapplied = True
+        if ended:
+            with contextlib.suppress(NotDurable):  # a restart finds the lease over again
+                self._save(self._specs())
+        return ended
+
+    def _former_over(self) -> bool:
+        now = since_boot()
+        kept = [(route, until) for route, until in self._former if until > now]
+        over = len(kept) < len(self._former)
+        self._former = kept
+        return over
+
+    # --- the gateway ---
+
+    async def _apply(self) -> None:
+        """Clusters first, then the routes that name them; former arms stay until no request can be on them."""
+        self._unapplied = True
+        await self._envoy.put("clusters", self._clusters())
+        await self._envoy.put("routes", self._routes())
+        self._in_force = [held.route for held in self._held.values()]
+        self._unapplied = False
+        self._warned.clear()
+
+    def _clusters(self) -> list[dict[str, Any]]:
+        backends = [
+            gateway.Backend(model, version, tuple(replica.endpoint for replica in runner.replicas))
+            for (model, version), runner in self._runners.items()
+        ]
+        named = [route for route, _ in self._former] + [held.route for held in self._held.values()]
+        return gateway.cluster_resources(named, backends, self.settings.gateway)
+
+    def _routes(self) -> list[dict[str, Any]]:
+        return gateway.route_resources([held.route for held in self._held.values()], self.settings.gateway)
+
+    # --- state ---
+
+    def _run(self, spec: VersionSpec, found: dict[str, list[Process]]) -> None:
+        samples = self.home / "samples" / quote(spec.model, safe="") / quote(spec.version, safe="")
+        command = self.settings.server_command
+        places = Places(
+            self.home, self.home / "run", self.home / "logs", samples, self._store.path(spec.digest), command
+        )
+        runner = VersionRunner(spec, places, self._tell)
+        self._runners[spec.model, spec.version] = runner
+        runner.begin(found)
+
+    def _specs(self) -> list[VersionSpec]:
+        return [runner.spec for runner in self._runners.values()]
+
+    def _capacity(self, model: str) -> Mapping[str, routes.Capacity]:
+        return {
+            version: routes.Capacity(len(runner.replicas), runner.ready)
+            for (name, version), runner in self._runners.items()
+            if name == model
+        }
+
+    def _save(self, specs: Sequence[VersionSpec]) -> None:
+        """Raises NotDurable."""
+        now, wall = since_boot(), time.time()
+        state = {
+            "form": 1,
+            "boot": _boot(),
+            "versions": [asdict(spec) for spec in specs],
+            "routes": [
+                {
+                    "route": asdict(held.route),
+                    "renewed_since_boot": held.renewed,
+                    "renewed_at": wall - (now - held.renewed),
+                    "lost": asdict(held.lost) if held.lost else None,
+                }
+                for held in self._held.values()
+            ],
+        }
+        write_durably(self.home / "state.json", json.dumps(state, indent=1).encode())
+
+    def _load(self) -> list[VersionSpec]:
+        """Takes the routes from the state file and returns the versions. Raises BadRequest for a file that is none."""
+        state = read_json(self.home / "state.json")
+        if state is None:
+            return []
+        try:
+            for entry in state["routes"]:
+                lost = routes.Lost(**entry["lost"]) if entry["lost"] else None
+                renewed = entry["renewed_since_boot"]
+                if state["boot"] != _boot():
+                    renewed = since_boot() - _age_by_wall_clock(entry["renewed_at"])
+                route = Route(**entry["route"])
+                self._held[route.model] = routes.Held(route, renewed, lost)
+            return [VersionSpec(**entry) for entry in state["versions"]]
+        except (KeyError, TypeError, ValueError) as exc:
+            raise BadRequest(f"{self.home / 'state.json'} does not read as an agent's state: {exc!r}") from exc
+
+    def _tell(self, kind: str, says: str, **facts: Any) -> None:
+        _log.info("%s", says)
+        self._events.add(kind, says, **facts)
+
+    def _warn_once(self, says: str) -> None:
+        if says not in self._warned:
+            self._warned.add(says)
+            self._tell("warning", says)
+
+
+def _age_by_wall_clock(renewed_at: float) -> float:
+    """The age of a renewal from before the machine was started. One in the future has no known age: it is over."""
+    age = time.time() - renewed_at
+    return age if age >= 0 else float("inf")
+
+
+def _in_use(route: Route) -> set[str]:
+    """The versions that the route needs: those with a share, and the stable one, to which failures are moved."""
+    versions = {version for version, _ in gateway.shares(route)} | {route.stable, gateway.shadowed(route)}
+    return {version for version in versions if version is not None}
+
+
+def _check_names(spec: VersionSpec) -> None:
+    for what, name in (("model", spec.model), ("version", spec.version)):
+        if not _NAME.match(name):
+            raise BadRequest(f"'{name}' is no name for a {what}: use letters, digits, '.', '_' and '-', at most 128")
+    if not re.fullmatch(r"[0-9a-f]{64}", spec.digest):
+        raise BadRequest(f"'{spec.digest}' is no SHA-256 in hex")
+    if not 1 <= spec.replicas <= 64:
+        raise BadRequest(f"{spec.replicas} replicas: there must be between 1 and 64")
+
+
+def _difference(here: VersionSpec, asked: VersionSpec) -> str:
+    one, other = asdict(here), asdict(asked)
+    return ", ".join(f"{name} {one[name]}, asked for {other[name]}" for name in one if one[name] != other[name])

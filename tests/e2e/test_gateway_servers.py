@@ -1,0 +1,81 @@
+"""Agent, Envoy and the real model server together: requests, counts, predictions and sampled rows fit each other."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from infra.samples_arrow import SampledRows
+from infra.telemetry_envoy import EnvoyCounts
+from tests.serving import models
+from tests.serving.running_agent import RunningAgent, until
+
+pytestmark = pytest.mark.e2e
+
+REQUESTS = 60
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[RunningAgent]:
+    running = RunningAgent(tmp_path, server=f"{sys.executable} -m serving.server")
+    try:
+        yield running.start()
+    finally:
+        running.stop()
+
+
+def infer(agent: RunningAgent, number: int) -> list[str]:
+    """The versions that answered, one row of four features each."""
+    answered = []
+    with closing(http.client.HTTPConnection("127.0.0.1", agent.port, timeout=20)) as connection:
+        for index in range(number):
+            row = {"name": "f", "shape": [1, 4], "datatype": "FP32", "data": [0.1 * (index % 7), 0.2, 0.3, 0.4]}
+            connection.request("POST", "/v2/models/m/infer", json.dumps({"inputs": [row]}))
+            answer = connection.getresponse()
+            body = json.loads(answer.read())
+            assert answer.status == 200, body
+            answered.append(answer.headers["x-lockgate-version"])
+    return answered
+
+
+def test_shadow_and_stable_keep_the_same_rows_and_everything_is_counted(agent: RunningAgent) -> None:
+    for version in ("1", "2"):
+        path = agent.folder / f"{version}.onnx"
+        digest = models.score(path)
+        agent.client.deploy("m", version, path, digest)
+        until(lambda version=version: agent.version(version)["state"] == "ready", "it is ready")
+    agent.route("1", "2", shadow=100, epoch=1)
+    assert infer(agent, REQUESTS) == ["1"] * REQUESTS
+
+    telemetry = EnvoyCounts(agent.home)
+    until(lambda: telemetry.counts("m", "2", "shadow").requests == REQUESTS, "all copies are counted")
+    live, shadow = telemetry.counts("m", "1", "live"), telemetry.counts("m", "2", "shadow")
+    telemetry.close()
+    assert (live.requests, live.errors, shadow.requests, shadow.errors) == (REQUESTS, 0, REQUESTS, 0)
+    assert sum(live.scores) == sum(shadow.scores) == REQUESTS
+
+    samples = SampledRows(agent.home)
+    until(lambda: samples.read("m", "1", 0.0).num_rows == REQUESTS, "the stable version's rows are written", 10.0)
+    until(lambda: samples.read("m", "2", 0.0).num_rows == REQUESTS, "the shadow's rows are written", 10.0)
+    one, two = (samples.read("m", version, 0.0).sort_by("request_id") for version in ("1", "2"))
+    for column in ("request_id", "row", "prediction", "in.f.0"):
+        assert one[column].to_pylist() == two[column].to_pylist(), column
+
+
+def test_going_back_needs_no_source(agent: RunningAgent) -> None:
+    path = agent.folder / "1.onnx"
+    digest = models.score(path)
+    agent.client.deploy("m", "1", path, digest)
+    until(lambda: agent.version("1")["state"] == "ready", "it is ready")
+    agent.client.undeploy("m", "1")
+    path.unlink()
+    agent.client.deploy("m", "1", path, digest)
+    until(lambda: agent.version("1")["state"] == "ready", "it is ready again")
+    agent.route("1", epoch=1)
+    assert infer(agent, 5) == ["1"] * 5
