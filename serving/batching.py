@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Protocol
 
 import numpy as np
@@ -40,7 +40,7 @@ class Limits:
     queue_rows: int = 4096
     queue_bytes: int = 256 * 2**20
     batch_rows: int = 512
-    inline_ms: float = 2.0
+    inline_ms: float = 5.0
 
 
 class Job:
@@ -59,6 +59,21 @@ class Job:
         self.finish = finish
         self.queued_at = 0.0
         self.key: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(slots=True)
+class _Ran:
+    """What a run gave: the joined inputs, the joined outputs (None if the jobs did not run as one), each job's outcome.
+
+    `wall_s` and `cpu_s`: how long it took. The latter decides where the next one runs: a busy machine is no slow model.
+    """
+
+    feeds: Feeds
+    outputs: list[Array] | None
+    outcomes: list[Outcome]
+    start: float = 0.0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 class Keeper(Protocol):
@@ -101,6 +116,7 @@ class Batcher:
         self._loop, self._model, self._limits, self._metrics = loop, model, limits, metrics
         self._predictor, self._keeper = predictor, keeper
         self._names = [spec.name for spec in model.signature.inputs]
+        self._free_shapes = any(not isinstance(size, int) for spec in model.signature.inputs for size in spec.shape[1:])
         self._queue: deque[Job] = deque()
         self._rows = 0
         self._bytes = 0
@@ -121,7 +137,8 @@ class Batcher:
         if self._queue and self._bytes + job.bytes > self._limits.queue_bytes:
             raise Busy("bytes", self._limits.queue_bytes)
         job.queued_at = perf_counter()
-        job.key = tuple(job.feeds[name].shape[1:] for name in self._names)
+        if self._free_shapes:
+            job.key = tuple(job.feeds[name].shape[1:] for name in self._names)
         self._queue.append(job)
         self._rows += job.rows
         self._bytes += job.bytes
@@ -149,13 +166,13 @@ class Batcher:
 
     def _turn(self) -> None:
         batch = self._take()
-        self._metrics.queued_rows = self._rows
         if not batch:
             self._busy = False
             return
-        if self._inline(sum(job.rows for job in batch)):
-            start = perf_counter()
-            self._finish(batch, self._compute(batch), start, perf_counter(), inline=True)
+        self._metrics.queued_rows = self._rows
+        self._metrics.running_rows = sum(job.rows for job in batch)
+        if self._inline(self._metrics.running_rows):
+            self._finish(batch, self._run(batch), inline=True)
         else:
             self._worker().put(batch)
 
@@ -186,36 +203,45 @@ class Batcher:
             return False
         return self._row_s * rows * 1000 <= self._limits.inline_ms
 
-    def _compute(self, batch: list[Job]) -> tuple[Feeds, list[Array] | None, list[Outcome]]:
-        """Runs the batch: the joined inputs, the joined outputs (None if the batch did not run) and each job's outcome.
+    def _run(self, batch: list[Job]) -> _Ran:
+        """Runs the batch and takes the time. Never raises: whatever happens is the jobs' outcome."""
+        start, cpu = perf_counter(), thread_time()
+        try:
+            ran = self._compute(batch)
+        except Exception as exc:  # noqa: BLE001 - a batch must never take the loop or the worker down
+            error = ModelFailed(f"the model failed: {type(exc).__name__}: {exc}")
+            ran = _Ran(batch[0].feeds, None, [error for _ in batch])
+        ran.start, ran.wall_s, ran.cpu_s = start, perf_counter() - start, thread_time() - cpu
+        return ran
 
-        If a batch fails, each of its jobs runs alone, so that only the one at fault errs.
-        """
+    def _compute(self, batch: list[Job]) -> _Ran:
+        """Runs the batch as one; if that fails, each job alone, so that only the one at fault errs."""
         if len(batch) == 1:
-            return self._alone(batch[0])
+            job = batch[0]
+            outcome = self._alone(job)
+            return _Ran(job.feeds, None if isinstance(outcome, Refused) else outcome, [outcome])
         feeds = {name: np.concatenate([job.feeds[name] for job in batch]) for name in self._names}
         rows = sum(job.rows for job in batch)
         try:
             outputs = self._model.run(feeds)
         except ModelFailed:
-            return feeds, None, [self._alone(job)[2][0] for job in batch]
+            return _Ran(feeds, None, [self._alone(job) for job in batch])
         if any(not values.ndim or values.shape[0] != rows for values in outputs):
             self._model.forbid_batching()
-            return feeds, None, [self._alone(job)[2][0] for job in batch]
-        parts: list[Outcome] = []
+            return _Ran(feeds, None, [self._alone(job) for job in batch])
+        outcomes: list[Outcome] = []
         start = 0
         for job in batch:
             end = start + job.rows
-            parts.append([values[start:end] for values in outputs])
+            outcomes.append([values[start:end] for values in outputs])
             start = end
-        return feeds, outputs, parts
+        return _Ran(feeds, outputs, outcomes)
 
-    def _alone(self, job: Job) -> tuple[Feeds, list[Array] | None, list[Outcome]]:
+    def _alone(self, job: Job) -> Outcome:
         try:
-            outputs = self._model.run(job.feeds)
+            return self._model.run(job.feeds)
         except ModelFailed as exc:
-            return job.feeds, None, [exc]
-        return job.feeds, outputs, [outputs]
+            return exc
 
     def _worker(self) -> SimpleQueue[list[Job] | None]:
         if self._work is None:
@@ -225,59 +251,46 @@ class Batcher:
 
     def _run_worker(self, work: SimpleQueue[list[Job] | None]) -> None:
         while (batch := work.get()) is not None:
-            start = perf_counter()
+            ran = self._run(batch)
             try:
-                done = self._compute(batch)
-            except Exception as exc:  # noqa: BLE001 - the thread must outlive any batch; the jobs get the error
-                done = batch[0].feeds, None, [_unexpected(exc) for _ in batch]
-            try:
-                self._loop.call_soon_threadsafe(self._finish, batch, done, start, perf_counter(), False)
+                self._loop.call_soon_threadsafe(self._finish, batch, ran, False)
             except RuntimeError:  # the loop was closed: the process is leaving
                 return
 
-    def _finish(
-        self,
-        batch: list[Job],
-        done: tuple[Feeds, list[Array] | None, list[Outcome]],
-        start: float,
-        end: float,
-        inline: bool,
-    ) -> None:
-        feeds, outputs, outcomes = done
-        self._account(batch, start, end, inline)
-        for job, outcome in zip(batch, outcomes, strict=True):
+    def _finish(self, batch: list[Job], ran: _Ran, inline: bool) -> None:
+        self._metrics.running_rows = 0
+        self._account(batch, ran, inline)
+        for job, outcome in zip(batch, ran.outcomes, strict=True):
             job.finish(outcome)
-        if outputs is not None:
-            self._show([job.id for job in batch], [job.rows for job in batch], feeds, outputs, 200)
+        if ran.outputs is not None:
+            self._show([job.id for job in batch], [job.rows for job in batch], ran.feeds, ran.outputs, 200)
         else:
-            for job, outcome in zip(batch, outcomes, strict=True):
-                failed = isinstance(outcome, Refused)
-                self._show([job.id], [job.rows], job.feeds, [] if failed else outcome, 500 if failed else 200)
+            for job, outcome in zip(batch, ran.outcomes, strict=True):
+                if isinstance(outcome, Refused):
+                    self._show([job.id], [job.rows], job.feeds, [], 500)
+                else:
+                    self._show([job.id], [job.rows], job.feeds, outcome, 200)
         if self._queue:
             self._loop.call_soon(self._turn)
         else:
             self._busy = False
 
-    def _account(self, batch: list[Job], start: float, end: float, inline: bool) -> None:
+    def _account(self, batch: list[Job], ran: _Ran, inline: bool) -> None:
         metrics = self._metrics
         rows = 0
         for job in batch:
             rows += job.rows
-            metrics.queue_ms.add((start - job.queued_at) * 1000)
-        took = end - start
+            metrics.queue_ms.add((ran.start - job.queued_at) * 1000)
         metrics.runs += 1
-        metrics.run_s += took
+        metrics.run_s += ran.wall_s
         metrics.rows += rows
         metrics.batch_rows.add(rows)
-        per_row = took / rows if rows else took
+        per_row = ran.cpu_s / rows if rows else ran.cpu_s
         self._row_s = per_row if self._row_s is None else 0.8 * self._row_s + 0.2 * per_row
-        if inline and took * 1000 > _OVERRUN * self._limits.inline_ms:
-            self._distrusted_until = end + _DISTRUST_S
+        if inline and ran.cpu_s * 1000 > _OVERRUN * self._limits.inline_ms:
+            self._distrusted_until = perf_counter() + _DISTRUST_S
 
-    def _show(
-        self, ids: list[str], rows: list[int], feeds: Feeds, outputs: Sequence[Array] | Refused, status: int
-    ) -> None:
-        assert not isinstance(outputs, Refused)
+    def _show(self, ids: list[str], rows: list[int], feeds: Feeds, outputs: Sequence[Array], status: int) -> None:
         total = sum(rows)
         if outputs:
             predictions = self._predictor.of(outputs, total)
@@ -286,7 +299,3 @@ class Batcher:
             predictions = np.full(total, np.nan)
         if self._keeper is not None:
             self._keeper.keep(ids, rows, feeds, predictions, status)
-
-
-def _unexpected(exc: Exception) -> ModelFailed:
-    return ModelFailed(f"the model failed: {type(exc).__name__}: {exc}")

@@ -20,7 +20,6 @@ from serving.settings import HttpLimits
 
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_HEADERS_MAX = 128
 
 
 class Exchange:
@@ -93,7 +92,8 @@ class Connection(asyncio.Protocol):
         self._arriving: Exchange | None = None  # its head is here, its body is not
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
-        self._head_bytes = 0
+        self._head_bytes = 0  # of a head that came in several pieces
+        self._in_head = False
         self._parts: list[bytes] = []
         self._held = 0
         self._started: float | None = None  # the first byte of the request that is arriving
@@ -138,6 +138,10 @@ class Connection(asyncio.Protocol):
             self._fail(cause if isinstance(cause, Refused) else Malformed("the request cannot be read"))
         except httptools.HttpParserError as exc:
             self._fail(Malformed(f"this is not HTTP/1.1: {exc}"))
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > self._host.limits.head_max:
+                self._fail(TooLarge(f"the head of the request has more than {self._host.limits.head_max} bytes"))
         if self._waiting and self._transport is not None:
             self._transport.pause_reading()
 
@@ -160,30 +164,29 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        self._url, self._headers, self._head_bytes, self._parts = b"", {}, 0, []
+        self._url, self._headers, self._parts = b"", {}, []
+        self._in_head = True
         self._started = self._active
 
     def on_url(self, url: bytes) -> None:
         """Part of the request's target."""
-        self._count_head(len(url))
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header line."""
-        self._count_head(len(name) + len(value))
-        if len(self._headers) >= _HEADERS_MAX:
-            raise TooLarge(f"more than {_HEADERS_MAX} header lines")
         self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         """The head is whole: what is too large by its own word is refused before its body comes."""
+        self._in_head = False
+        self._head_bytes = 0
         headers = self._headers
         exchange = Exchange(self, self._parser.get_method(), self._url, headers)
         self._arriving = exchange
-        length = headers.get(b"content-length", b"0")
-        if int(length if length.isdigit() and len(length) < 19 else 0) > self._host.limits.body_max:
+        length = headers.get(b"content-length")
+        if length is not None and length.isdigit() and int(length) > self._host.limits.body_max:
             raise TooLarge(self._too_large())
-        if headers.get(b"expect", b"").lower() == b"100-continue" and self._transport is not None:
+        if b"expect" in headers and headers[b"expect"].lower() == b"100-continue" and self._transport is not None:
             self._transport.write(_CONTINUE)
 
     def on_body(self, part: bytes) -> None:
@@ -285,11 +288,6 @@ class Connection(asyncio.Protocol):
         self._closing = True
         if self._transport is not None:
             self._transport.close()
-
-    def _count_head(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > self._host.limits.head_max:
-            raise TooLarge(f"the head of the request has more than {self._host.limits.head_max} bytes")
 
     def _too_large(self) -> str:
         return f"the body has more than {self._host.limits.body_max} bytes, which is the most that is taken"

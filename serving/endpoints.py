@@ -86,9 +86,7 @@ class Endpoints:
             except Refused as exc:
                 self._say_no(exchange, self._plain, exc)
         except Exception:  # noqa: BLE001 - a fault of ours must cost this request and not the connection's parser
-            stderr.write(traceback.format_exc())
-            if not exchange.finished:
-                exchange.reply(500, self._plain.error("the server itself failed on this request"), JSON)
+            self._broken(exchange)
 
     def refuse(self, exchange: Exchange, error: Refused) -> None:
         """Answers a request that could not even be read."""
@@ -152,24 +150,36 @@ class Endpoints:
         for name in _DEADLINES:
             if name in headers:
                 deadline = exchange.started + _whole(headers[name], name.decode()) / 1000
-                break
+                break  # the client's own word goes before Envoy's
 
         def finish(outcome: Outcome) -> None:
+            self._answer(exchange, codec, call, outcome)
+
+        self._batcher.submit(Job(request_id, call.feeds, call.rows, len(body), deadline, finish))
+
+    def _answer(self, exchange: Exchange, codec: Codec, call: Call, outcome: Outcome) -> None:
+        """Writes the answer when the model has run. Never raises: the other answers of the batch come after it."""
+        try:
             if isinstance(outcome, Refused):
-                self._count(exchange, self._say_no(exchange, codec, outcome))
-                return
-            try:
-                answer = call.encode(outcome)
-            except Refused as exc:
-                self._count(exchange, self._say_no(exchange, codec, exc))
-                return
+                raise outcome
+            answer = call.encode(outcome)
             extra = b""
             if answer.header_length is not None:
                 extra = b"inference-header-content-length: %d\r\n" % answer.header_length
             exchange.reply(200, answer.body, answer.content_type, extra)
-            self._count(exchange, 200)
+            status = 200
+        except Refused as exc:
+            status = self._say_no(exchange, codec, exc)
+        except Exception:  # noqa: BLE001 - as in `handle`
+            status = self._broken(exchange)
+        self._count(exchange, status)
 
-        self._batcher.submit(Job(request_id, call.feeds, call.rows, len(body), deadline, finish))
+    def _broken(self, exchange: Exchange) -> int:
+        """A fault of ours: said on stderr, answered with 500."""
+        stderr.write(traceback.format_exc())
+        if not exchange.finished:
+            exchange.reply(500, self._plain.error("the server itself failed on this request"), JSON)
+        return 500
 
     def _count(self, exchange: Exchange, status: int) -> None:
         self._metrics.answered(status, (perf_counter() - exchange.started) * 1000)

@@ -64,6 +64,7 @@ class Metrics:
         self.samples = 0
         self.samples_dropped = 0
         self.queued_rows = 0
+        self.running_rows = 0
         self.ready = False
         self.latency_ms = Histogram(LATENCY_EDGES_MS)
         self.queue_ms = Histogram(LATENCY_EDGES_MS)
@@ -100,6 +101,7 @@ class Metrics:
                 self.samples_dropped,
             ),
             ("queue_rows", "gauge", "Rows waiting.", self.queued_rows),
+            ("running_rows", "gauge", "Rows in the model now.", self.running_rows),
             ("ready", "gauge", "1 while new requests are welcome.", int(self.ready)),
         ):
             yield from (f"# HELP lockgate_{name} {text}", f"# TYPE lockgate_{name} {kind}")

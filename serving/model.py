@@ -60,7 +60,7 @@ class SessionSettings:
 class Model:
     """A loaded model. `steady`: its time depends on the number of rows only, not on the values.
 
-    `row_s` is the measured time per row (of a batch of one), or None where the warm-up could not tell.
+    `row_s` is the measured CPU time per row (of a batch of one), or None where the warm-up could not tell.
     """
 
     def __init__(self, session: Any, digest: str, steady: bool, finite: Sequence[str] = ()) -> None:
@@ -88,7 +88,8 @@ class Model:
         if digest is not None and found != digest.lower().removeprefix("sha256:"):
             raise CannotServe(f"'{path}' has SHA-256 {found}, but {digest} was asked for; it will not be served")
         session = _session(path, content, settings)
-        steady = not any(mark in content for mark in _CONTROL_FLOW)
+        # A call that waits for a device shows no CPU time of its own; it belongs into the worker thread.
+        steady = settings.providers == ("CPUExecutionProvider",) and not any(mark in content for mark in _CONTROL_FLOW)
         model = cls(session, found, steady, settings.finite)
         model._warm_up()
         return model
@@ -107,9 +108,9 @@ class Model:
         rows = [_made_up(self.signature, chance) for _ in range(2)]
         try:
             alone = [self.run(feeds) for feeds in rows]
-            start = time.perf_counter()
+            start = time.thread_time()
             self.run(rows[0])
-            self.row_s = time.perf_counter() - start
+            self.row_s = time.thread_time() - start
             if self.signature.batch:
                 both = self.run({name: np.concatenate([feeds[name] for feeds in rows]) for name in rows[0]})
                 expected = [np.concatenate(pair) for pair in zip(*alone, strict=True)]

@@ -15,7 +15,7 @@ import orjson
 
 from serving.errors import Malformed, OffContract
 from serving.model import Feeds, Signature
-from serving.tensors import BY_NUMPY, Array, Tensor, from_bytes, from_json, to_bytes, to_json
+from serving.tensors import Array, Tensor, from_bytes, from_json, to_bytes, to_json
 
 JSON = b"application/json"
 BINARY = b"application/octet-stream"
@@ -75,6 +75,7 @@ class InferenceProtocol:
         self._inputs = {spec.name: spec for spec in who.signature.inputs}
         self._outputs = {spec.name: at for at, spec in enumerate(who.signature.outputs)}
         self._names = [spec.name for spec in who.signature.outputs]
+        self._datatypes = [spec.datatype.name for spec in who.signature.outputs]
         self._all = [(at, False) for at in range(len(self._names))]
 
     def decode(self, body: bytes, header_length: int | None = None) -> Call:
@@ -156,8 +157,8 @@ class InferenceProtocol:
             values = outputs[at]
             tensor: dict[str, Any] = {
                 "name": self._names[at],
-                "datatype": BY_NUMPY[values.dtype].name,
-                "shape": list(values.shape),
+                "datatype": self._datatypes[at],
+                "shape": values.shape,
             }
             if binary:
                 raws.append(to_bytes(values))

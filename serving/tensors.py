@@ -51,7 +51,6 @@ DATATYPES: tuple[Datatype, ...] = (
 )
 BY_ONNX = {datatype.onnx: datatype for datatype in DATATYPES}
 BY_NAME = {datatype.name: datatype for datatype in DATATYPES}
-BY_NUMPY = {datatype.numpy: datatype for datatype in DATATYPES}
 
 
 @dataclass(frozen=True, slots=True)
