@@ -22,7 +22,7 @@ from policies.shifts import Paired, Shift
 from policies.stats import Margin
 from policies.verdict import GateReport, Verdict
 
-_REQUESTS_MIN = 20  # of either version in the stage, before anything passes
+REQUESTS_MIN = 20  # of either version in the stage, before anything passes
 _SHARE_ALPHA = 0.001  # of saying that the traffic is not split as meant, where it is
 
 
@@ -262,7 +262,7 @@ def _judge(
     worse = float(rates.log_worse(known, rungs(policy)))
     no_worse = float(rates.log_no_worse(known, stage))
     alarm_at, pass_at = -math.log(alpha(policy)), -math.log(1.0 - rates.CONFIDENCE)
-    enough = min(known.stage_n_c, known.stage_n_s) >= _REQUESTS_MIN
+    enough = min(known.stage_n_c, known.stage_n_s) >= REQUESTS_MIN
     verdict, needs = Verdict.HOLD, ""
     if worse >= alarm_at and bool(rates.beyond_half(known, ladder[-1])):
         verdict = Verdict.FAIL
@@ -277,10 +277,10 @@ def _judge(
 
 def _needs(known: Rates, margin: Margin, missing: float) -> str:
     """How many more requests it would take, were both versions alike."""
-    lacking = _REQUESTS_MIN - min(known.stage_n_c, known.stage_n_s)
+    lacking = REQUESTS_MIN - min(known.stage_n_c, known.stage_n_s)
     total = known.n_c + known.n_s
     if known.n_c <= 0 or known.n_s <= 0:
-        return f"at least {_REQUESTS_MIN} requests to each version"
+        return f"at least {REQUESTS_MIN} requests to each version"
     rate = (known.k_c + known.k_s + 0.25) / (total + 50.0)
     gain = rates.growth(rate, known.n_c / total, margin)
     more = max(missing / gain if gain > 0 else math.inf, lacking)

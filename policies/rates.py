@@ -67,7 +67,7 @@ def enter_stage(rates: Rates) -> Rates:
 
 
 def tick(
-    rates: Rates, n_c: Any, k_c: Any, n_s: Any, k_s: Any, stage: int, rungs: tuple[Margin, ...], cluster: float = 1.0
+    rates: Rates, n_c: Any, k_c: Any, n_s: Any, k_s: Any, stage: Any, rungs: tuple[Margin, ...], cluster: float = 1.0
 ) -> Rates:
     """The comparison after `n_*` more requests with `k_*` events among them.
 
@@ -89,7 +89,7 @@ def tick(
         alarm=np.asarray(rates.alarm) + alarm,
         alarm_stage=np.asarray(rates.alarm_stage) + alarm,
         passed=np.asarray(rates.passed) + passed,
-        passed_stage=np.asarray(rates.passed_stage) + passed[..., stage],
+        passed_stage=np.asarray(rates.passed_stage) + _of_stage(passed, stage),
         n_c=rates.n_c + n_c, k_c=rates.k_c + k_c, n_s=rates.n_s + n_s, k_s=rates.k_s + k_s,
         stage_n_c=rates.stage_n_c + n_c, stage_k_c=rates.stage_k_c + k_c,
         stage_n_s=rates.stage_n_s + n_s, stage_k_s=rates.stage_k_s + k_s,
@@ -97,6 +97,13 @@ def tick(
         recent_k=np.asarray(rates.recent_k) * keep + k_c + k_s,
         squares=rates.squares + square, variance=rates.variance + variance,
     )  # fmt: skip
+
+
+def _of_stage(values: Any, stage: Any) -> Any:
+    """The stage's entry of the last axis; `stage` is a number, or one per rollout."""
+    if isinstance(stage, int):
+        return np.asarray(values)[..., stage]
+    return np.take_along_axis(np.asarray(values), np.asarray(stage)[..., None], axis=-1)[..., 0]
 
 
 def _spread(rates: Rates, n_c: Any, k_c: Any, n_s: Any, k_s: Any) -> tuple[Any, Any]:
@@ -119,9 +126,9 @@ def log_worse(rates: Rates, stages: int) -> Any:
     return np.logaddexp(stats.log_mean_exp(rates.alarm), own - ended_or_to_come) - np.log(2.0)
 
 
-def log_no_worse(rates: Rates, stage: int) -> Any:
+def log_no_worse(rates: Rates, stage: Any) -> Any:
     """The log score for "no worse than the stage's margin": half on the whole rollout, half on this stage alone."""
-    return np.logaddexp(np.asarray(rates.passed)[..., stage], rates.passed_stage) - np.log(2.0)
+    return np.logaddexp(_of_stage(rates.passed, stage), rates.passed_stage) - np.log(2.0)
 
 
 def beyond_half(rates: Rates, margin: Margin) -> Any:

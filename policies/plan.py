@@ -1,0 +1,274 @@
+"""What a rollout will take and show, said before anything moves.
+
+`plan` answers from the policy and the expected traffic: how long each stage will be, how much evidence each gate needs
+to pass it, the smallest regression each gate would see, and how many requests a bad version would answer until then.
+Where a gate could hardly pass a stage in the time that the policy gives, that is a problem, with what would mend it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies import gates, rates, stats
+from policies.policy import Errors, Latency, Policy
+from policies.stats import Margin
+
+POWER = 0.95
+_Z = 1.645  # the normal quantile of POWER
+# To pass: 1/0.05, half of the stake on this stage alone, and some for guessing the common rate while it is learned.
+_PASS = -math.log(1.0 - rates.CONFIDENCE) + math.log(2.0) + 0.5
+_NOISE = 2.6  # the 95 % quantile of the drift detector's upper limit on equal windows, over sqrt(1/n + 1/m); measured
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """One gate in one stage: the margin it is held to, the candidate's requests (or rows, or pairs) that it needs to
+    pass with 95 % chance, the seconds until they have come, and the smallest regression seen with 95 % chance by the
+    end of the stage (None where it sees none)."""
+
+    gate: str
+    margin: float
+    needs: float
+    needs_s: float
+    visible: float | None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its least time and the expected one, in seconds; the candidate's requests in it, and those of clients
+    among them."""
+
+    name: str
+    length_s: float
+    eta_s: float
+    requests: int
+    exposed: int
+    gates: tuple[GatePlan, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole rollout. `exposed` clients' requests go to the candidate before it is promoted."""
+
+    stages: tuple[StagePlan, ...]
+    eta_s: float
+    exposed: int
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """Requests a second that both versions see in one stage; `live` of the candidate's come from clients."""
+
+    name: str
+    length_s: float
+    candidate: float
+    stable: float
+    live: float
+    burn_s: float = 0.0
+
+    @property
+    def counted_s(self) -> float:
+        return max(self.length_s - self.burn_s, 0.0)
+
+
+def plan(policy: Policy, rps: float, error_rate: float = 0.001, slow_rate: float = 0.01) -> Plan:
+    """The plan at `rps` requests a second, of which `error_rate` fail and `slow_rate` are slow in the stable version.
+
+    Raises ValueError for traffic that is none, or for rates that are not shares.
+    """
+    if not (math.isfinite(rps) and rps > 0):
+        raise ValueError(f"{rps} requests a second is no traffic; give a number above 0")
+    for name, rate in (("error rate", error_rate), ("share of slow requests", slow_rate)):
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"the {name} is {rate}; give a share from 0 to 1")
+    flows = _flows(policy, rps)
+    stages, problems = [], []
+    for index, flow in enumerate(flows):
+        asked = _gates(policy, flows, index, error_rate, slow_rate)
+        slowest = max((gate.needs_s for gate in asked), default=0.0)
+        stages.append(
+            StagePlan(
+                name=flow.name,
+                length_s=flow.length_s,
+                eta_s=max(flow.length_s, slowest),
+                requests=round(flow.candidate * flow.length_s),
+                exposed=round(flow.live * flow.length_s),
+                gates=asked,
+            )
+        )
+        problems += [_problem(policy, flow, gate) for gate in asked if gate.needs_s > flow.length_s]
+    before = stages[: len(policy.rollout.stages)]
+    return Plan(tuple(stages), sum(s.eta_s for s in stages), sum(s.exposed for s in before), tuple(problems))
+
+
+def _flows(policy: Policy, rps: float) -> tuple[_Flow, ...]:
+    flows = []
+    for index, stage in enumerate(policy.rollout.stages):
+        burn = policy.rollout.burn_in if index == 0 else 0.0
+        if stage.canary is not None:
+            weight = stage.canary.weight / 100.0
+            candidate, stable, live = rps * weight, rps * (1.0 - weight), rps * weight
+        else:
+            candidate, stable, live = rps * stage.share, rps, 0.0
+        flows.append(_Flow(stage.name, stage.length_s, candidate, stable, live, burn))
+    watch = policy.rollout.watch
+    return (*flows, _Flow("watch", watch.length, rps, rps * watch.shadow, rps))
+
+
+def _gates(
+    policy: Policy, flows: tuple[_Flow, ...], index: int, error_rate: float, slow_rate: float
+) -> tuple[GatePlan, ...]:
+    asked = policy.rollout.gates
+    found: list[GatePlan] = []
+    for name, gate, rate in (("errors", asked.errors, error_rate), ("latency", asked.latency, slow_rate)):
+        if gate is not None:
+            found.append(_of_rates(policy, name, gate, flows, index, rate))
+    flow, factor = flows[index], gates.factors(policy)[index]
+    if asked.drift is not None:
+        limit = asked.drift.threshold * factor
+        share = flow.stable / flow.candidate if flow.candidate else 0.0
+        shown = (_NOISE / limit) ** 2 * (1.0 + 1.0 / max(share, 1e-9))
+        slower = min(share, 1.0)
+        rows = max(float(asked.drift.rows_min) / max(slower, 1e-9), shown)
+        seen = sum(f.candidate * f.counted_s for f in flows[: index + 1])
+        noise = _Z * math.sqrt((1.0 + 1.0 / max(share, 1e-9)) / max(seen, 1.0))
+        visible = asked.drift.threshold + noise if seen * slower >= asked.drift.rows_min else None
+        found.append(_plan_of("drift", limit, rows, flows, index, visible))
+    if asked.disagreement is not None and (index == len(flows) - 1 or flow.live == 0.0):
+        bound = min(asked.disagreement.margin * factor, 0.999)
+        pairs = _first(lambda n: float(stats.share_below(n, 0, bound)) >= -math.log(1.0 - rates.CONFIDENCE))
+        both = sum(f.candidate * f.counted_s for f in flows[: index + 1] if f.live == 0.0)
+        visible = _least(lambda d: _sees_share(both, asked.disagreement.margin, d, gates.alpha(policy)))  # type: ignore[union-attr]
+        found.append(_plan_of("disagreement", bound, pairs, flows, index, visible))
+    return tuple(found)
+
+
+def _plan_of(
+    name: str, margin: float, needs: float, flows: tuple[_Flow, ...], index: int, visible: float | None
+) -> GatePlan:
+    """What came in the earlier stages counts."""
+    had = sum(f.candidate * f.counted_s for f in flows[:index])
+    flow = flows[index]
+    needs_s = flow.burn_s + max(needs - had, 1.0) / flow.candidate if flow.candidate > 0 else math.inf
+    return GatePlan(name, margin, needs, needs_s, visible)
+
+
+# ---------------------------------------------------------------- rates
+
+
+def _of_rates(
+    policy: Policy, name: str, gate: Errors | Latency, flows: tuple[_Flow, ...], index: int, rate: float
+) -> GatePlan:
+    ladder = gates.margins(policy, gate)
+    margin, rate = ladder[index], min(max(rate, 1e-6), 0.95)
+    earlier = [(f.candidate * f.counted_s, _gain(rate, f, margin)) for f in flows[:index]]
+    flow = flows[index]
+    mean, variance = _gain(rate, flow, margin)
+    had = sum(n * gain[0] for n, gain in earlier), sum(n * gain[1] for n, gain in earlier)
+
+    def shown(n: float) -> bool:
+        score = had[0] + n * mean / gate.cluster
+        return score - _Z * math.sqrt((had[1] + n * variance) / gate.cluster) >= _PASS
+
+    needs = max(_first(shown), gates.REQUESTS_MIN / max(min(1.0, flow.stable / max(flow.candidate, 1e-9)), 1e-9))
+    needs_s = flow.burn_s + needs / flow.candidate if flow.candidate > 0 else math.inf
+    seen = flows[: index + 1]
+    worst = 1.0 - rate
+    visible = _least(lambda d: d < worst and _sees(seen, rate, d, gates.alpha(policy), gate.cluster))
+    half = float(ladder[-1].times(0.5).beyond(rate)) - rate
+    threshold = float(margin.beyond(rate)) - rate
+    return GatePlan(name, threshold, needs, needs_s, None if visible is None else max(visible, half))
+
+
+def _gain(rate: float, flow: _Flow, margin: Margin) -> tuple[float, float]:
+    """Mean and variance of what one request of the candidate (and what the stable version gets meanwhile) adds."""
+    other = flow.stable / max(flow.candidate, 1e-9)
+    if flow.candidate <= 0:
+        return 0.0, 0.0
+    x_c, x_s = (float(x) for x in stats.project(rate, rate, 1.0, other, margin.ratio, margin.shift))
+    mean = variance = 0.0
+    for n, x in ((1.0, x_c), (other, x_s)):
+        event, none = math.log(rate / x), math.log((1.0 - rate) / (1.0 - x))
+        mean += n * (rate * event + (1.0 - rate) * none)
+        variance += n * rate * (1.0 - rate) * (event - none) ** 2
+    return mean, variance
+
+
+def _sees(flows: tuple[_Flow, ...], rate: float, worse: float, alpha: float, cluster: int) -> bool:
+    """Whether a candidate that fails by `worse` more is called worse with 95 % chance by the end of the flows."""
+    needed = -math.log(alpha) + math.log(2.0)
+    best = -math.inf
+    for ratio in stats.ALARM_RATIOS:
+        mean = variance = 0.0
+        for flow in flows:
+            c, s = flow.candidate * flow.counted_s, flow.stable * flow.counted_s
+            if c + s <= 0:
+                continue
+            both = math.log((c + s) / (c * ratio + s))
+            for events, each in ((c * (rate + worse), math.log(ratio) + both), (s * rate, both)):
+                mean += events * each / cluster
+                variance += events * each**2 / cluster
+        best = max(best, mean - _Z * math.sqrt(variance))
+    return best - math.log(len(stats.ALARM_RATIOS)) >= needed
+
+
+def _sees_share(n: float, bound: float, worse: float, alpha: float) -> bool:
+    share = min(bound + worse, 1.0)
+    k = n * share - _Z * math.sqrt(n * share * (1.0 - share))
+    return k > 0 and float(stats.share_above(n, min(k, n), min(bound, 0.999))) >= -math.log(alpha)
+
+
+def _first(enough: Callable[[float], bool], limit: float = 1e10) -> float:
+    """The smallest number (to 1 %) for which `enough` holds, as it then does for all larger ones; infinite if none."""
+    high = 1.0
+    while not enough(high):
+        high *= 2.0
+        if high > limit:
+            return math.inf
+    low = high / 2.0
+    while high - low > 0.01 * high:
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _least(seen: Callable[[float], bool]) -> float | None:
+    """The smallest of a grid of effects (5 % apart) that is seen; None if none is."""
+    return next((float(effect) for effect in np.geomspace(1e-5, 1.0, 236) if seen(float(effect))), None)
+
+
+# ---------------------------------------------------------------- in words
+
+
+def _problem(policy: Policy, flow: _Flow, gate: GatePlan) -> str:
+    unit = {"drift": "sampled rows", "disagreement": "pairs"}.get(gate.gate, "requests to the candidate")
+    text = f"{flow.name}: '{gate.gate}' can hardly rule out {_margin_words(gate)} in {duration(flow.length_s)}"
+    if not math.isfinite(gate.needs_s):
+        return f"{text} at any length: give the candidate traffic, or a wider margin"
+    text += f": it needs {gate.needs:,.0f} {unit}, {flow.candidate * flow.counted_s:,.0f} come"
+    mend = [f"`for: {duration(gate.needs_s)}`"]
+    stage = next((s for s in policy.rollout.stages if s.name == flow.name), None)
+    if stage is not None and stage.canary is not None:
+        weight = math.ceil(stage.canary.weight * gate.needs_s / flow.length_s)
+        if weight < 100:
+            mend.append(f"weight {weight}")
+    return f"{text}. What would mend it: {', '.join(mend)}, or a wider margin"
+
+
+def _margin_words(gate: GatePlan) -> str:
+    if gate.gate in ("errors", "latency"):
+        return f"{100 * gate.margin:.3g} points more"
+    return f"a distance of {gate.margin:.3g}" if gate.gate == "drift" else f"{gate.margin:.2%} other answers"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a policy writes them, rounded up: 45s, 12m, 3h."""
+    for unit, size in (("s", 1.0), ("m", 60.0), ("h", 3600.0)):
+        if seconds <= 120.0 * size or unit == "h":
+            return f"{math.ceil(seconds / size)}{unit}"
+    raise AssertionError("unreachable: hours hold any length")
