@@ -33,6 +33,7 @@ from serving.errors import (
     WrongMethod,
 )
 from serving.metrics import Metrics
+from serving.openapi import document
 from serving.protocol import JSON, Call, Identity, InferenceProtocol
 from serving.protocol_mlflow import MlflowProtocol
 from serving.protocol_tfserving import TfServingProtocol
@@ -190,6 +191,7 @@ class Endpoints:
         who = self._who
         table: dict[bytes, dict[bytes, Handler]] = {
             b"/metrics": {b"GET": self._scrape},
+            b"/openapi.json": {b"GET": _fixed(document(who))},
             b"/v2": {b"GET": _fixed({"name": "lockgate", "version": "1", "extensions": _EXTENSIONS})},
             b"/v2/health/live": {b"GET": _fixed({"live": True})},
             b"/v2/health/ready": {b"GET": self._ready({"ready": True})},
