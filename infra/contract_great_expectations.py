@@ -29,6 +29,7 @@ from tasks.ports import BadInput, ContractBreach, ContractResult, PortError
 _ANSWER = "lockgate-contract: "  # what else the worker prints is not the answer
 _KEYS = frozenset({"type", "kwargs", "meta", "id", "severity", "description", "notes", "rendered_content"})
 _EXAMPLES_MAX = 5
+_PLACE = "lockgate.place"
 
 
 class GreatExpectationsContract:
@@ -112,9 +113,11 @@ def _configurations(path: Path) -> list[Any]:
             mend = f"; did you mean '{near[0]}'?" if near else ""
             raise BadInput(f"{place}: Great Expectations knows no '{entry['type']}'{mend}")
         try:
-            made.append(
-                ExpectationConfiguration(**{"kwargs": {}, **entry}).to_domain_obj()
-            )  # pydantic's errors are ValueErrors
+            # The outcomes come in an order of their own; the number in the meta puts them back.
+            meta = {**(entry.get("meta") or {}), _PLACE: number}
+            configuration = ExpectationConfiguration(**{"kwargs": {}, **entry, "meta": meta})
+            configuration.to_domain_obj()  # says no to what it does not know; pydantic's errors are ValueErrors
+            made.append(configuration)
         except (GreatExpectationsError, ValueError, TypeError) as exc:
             raise BadInput(f"{place} ({entry['type']}): {_reasons(exc)}") from exc
     return made
@@ -132,19 +135,23 @@ def _reasons(exc: Exception) -> str:
 def evaluate(suite: Path, rows: Path) -> ContractResult:
     """The check itself, in this process. Imports Great Expectations and pandas."""
     import great_expectations as gx
+    from great_expectations.data_context.types.base import ProgressBarsConfig
 
-    expectations = _configurations(suite)
+    configurations = _configurations(suite)
     frame = rows_file.read(rows).to_pandas()
     context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = ProgressBarsConfig(globally=False)
     asset = context.data_sources.add_pandas("rows").add_dataframe_asset(rows.name)
     batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": frame})
-    breaches, evaluated = [], 0
-    for expectation in expectations:  # one at a time: a suite refuses the same expectation twice and loses the order
-        outcome = batch.validate(expectation)
-        evaluated += 1
-        if not outcome.success:
-            breaches.append(_breach(outcome, list(frame.columns)))
-    return ContractResult(rows=len(frame), evaluated=evaluated, breaches=tuple(breaches))
+    asked = gx.ExpectationSuite(name=suite.name)
+    for configuration in configurations:
+        asked.add_expectation_configuration(configuration)
+    outcomes = sorted(batch.validate(asked).results, key=lambda outcome: int(outcome.expectation_config.meta[_PLACE]))
+    if len(outcomes) != len(configurations):
+        raise BadInput(f"{suite}: {len(configurations)} expectations, {len(outcomes)} outcomes; is one there twice?")
+    columns = list(frame.columns)
+    breaches = tuple(_breach(outcome, columns) for outcome in outcomes if not outcome.success)
+    return ContractResult(rows=len(frame), evaluated=len(outcomes), breaches=breaches)
 
 
 def _breach(outcome: Any, columns: list[str]) -> ContractBreach:
@@ -165,7 +172,7 @@ def _seen(outcome: Any, column: str | None, columns: list[str]) -> str:
         examples = list(dict.fromkeys(str(v) for v in result.get("partial_unexpected_list", ())))[:_EXAMPLES_MAX]
         share = 100 * result["unexpected_count"] / max(1, result["element_count"])
         shown = f", such as {', '.join(examples)}" if examples else ""
-        return f"{result['unexpected_count']} of {result['element_count']} rows ({share:.2g} %){shown}"
+        return f"{result['unexpected_count']} of {result['element_count']} rows ({share:.3g} %){shown}"
     if result.get("observed_value") is not None:
         return str(result["observed_value"])
     return "not met"

@@ -26,6 +26,7 @@ def suite(tmp_path: Path, *expectations: object) -> Path:
     return path
 
 
+@pytest.mark.e2e
 def test_every_breach_names_expectation_column_and_what_was_seen_in_the_suites_order(
     tmp_path: Path, rows: Path
 ) -> None:
@@ -48,6 +49,7 @@ def test_every_breach_names_expectation_column_and_what_was_seen_in_the_suites_o
     ]
 
 
+@pytest.mark.e2e
 def test_a_suite_in_yaml_that_is_met_has_no_breach(tmp_path: Path, rows: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(
@@ -57,6 +59,7 @@ def test_a_suite_in_yaml_that_is_met_has_no_breach(tmp_path: Path, rows: Path) -
     assert (result.evaluated, result.breaches) == (1, ())
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("expectation", "says"),
     [
@@ -107,6 +110,7 @@ def test_a_check_that_does_not_end_is_ended(tmp_path: Path, rows: Path) -> None:
         GreatExpectationsContract(timeout_s=0.01).check(good, rows)
 
 
+@pytest.mark.e2e
 def test_the_flights_suite_of_the_library_is_met_by_sound_rows_and_not_by_slips_beyond_the_worlds_bounds(
     tmp_path: Path,
 ) -> None:
