@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from serving import gateway, routes
 from serving.agent_errors import AgentError, BadRequest, Conflict, NotDurable, StartError
 from serving.durable import EventLog, ModelStore, drop_oldest, read_json, write_durably
 from serving.envoy import Envoy
+from serving.launcher import SERVER, Launcher
 from serving.processes import Process, survivors
 from serving.supervisor import Places, VersionRunner, VersionSpec
 
@@ -44,7 +44,7 @@ class AgentSettings:
     home: Path
     gateway: gateway.GatewaySettings
     gateway_threads: int = 1
-    server_command: tuple[str, ...] = (sys.executable, "-m", "serving.server")
+    server_command: tuple[str, ...] = SERVER
 
 
 def since_boot() -> float:
@@ -78,6 +78,7 @@ class Agent:
             (self.home / folder).mkdir(parents=True, exist_ok=True)
         self._store = ModelStore(self.home / "models")
         self._events = EventLog(self.home / "events.jsonl")
+        self._launcher = Launcher(self.home, settings.server_command)
         self._envoy = Envoy(self.home, settings.gateway, settings.gateway_threads, self._tell)
 
     # --- life ---
@@ -89,6 +90,7 @@ class Agent:
         except AgentError as exc:
             raise StartError(str(exc)) from exc
         found = survivors(self.home)
+        self._launcher.begin()  # always a new one: a surviving zygote may have imported what has since been replaced
         adopted = sum(len(processes) for processes in found.values())
         for spec in specs:
             self._run(spec, found)
@@ -109,6 +111,7 @@ class Agent:
                 await self._lease_task
         await self._envoy.stop()
         await asyncio.gather(*self._leaving.values(), *(runner.stop() for runner in self._runners.values()))
+        await self._launcher.stop()
 
     # --- what can be asked for ---
 
@@ -341,11 +344,8 @@ class Agent:
 
     def _run(self, spec: VersionSpec, found: dict[str, list[Process]]) -> None:
         samples = self.home / "samples" / quote(spec.model, safe="") / quote(spec.version, safe="")
-        command = self.settings.server_command
-        places = Places(
-            self.home, self.home / "run", self.home / "logs", samples, self._store.path(spec.digest), command
-        )
-        runner = VersionRunner(spec, places, self._tell)
+        places = Places(self.home / "run", self.home / "logs", samples, self._store.path(spec.digest))
+        runner = VersionRunner(spec, places, self._launcher, self._tell)
         self._runners[spec.model, spec.version] = runner
         runner.begin(found)
 

@@ -12,6 +12,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
+import struct
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -104,6 +106,18 @@ def survivors(home: Path) -> dict[str, list[Process]]:
                 continue
             found.setdefault(marked.removeprefix(prefix), []).append(Process(candidate.pid, candidate.create_time()))
     return found
+
+
+def listening_on(path: Path) -> int | None:
+    """The id of the process that listens on the Unix socket; None if none does."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # a full backlog means that somebody is there, but cannot be asked who
+        try:
+            probe.connect(str(path))
+            pid, _, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        except OSError:
+            return None
+    return int(pid)
 
 
 def last_words(log: Path, size: int = 4000) -> str:

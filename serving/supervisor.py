@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +18,8 @@ from typing import Any
 
 import aiohttp
 
-from serving.processes import Process, last_words, mark, start
+from serving.launcher import ZYGOTE, Launcher
+from serving.processes import Process, last_words, listening_on
 
 START_S_MAX = 120.0  # loading a large model may take that long
 PROBE_S = 1.0
@@ -55,12 +55,10 @@ class VersionSpec:
 class Places:
     """Where a replica's files are, and how a server is started."""
 
-    home: Path
     sockets: Path
     logs: Path
     samples: Path
     model: Path
-    server_command: tuple[str, ...] = (sys.executable, "-m", "serving.server")
 
 
 Tell = Callable[..., None]  # (kind, says, **facts)
@@ -69,7 +67,7 @@ Tell = Callable[..., None]  # (kind, says, **facts)
 class Replica:
     """One model server process, kept running until `stop`."""
 
-    def __init__(self, spec: VersionSpec, number: int, places: Places, tell: Tell) -> None:
+    def __init__(self, spec: VersionSpec, number: int, places: Places, launcher: Launcher, tell: Tell) -> None:
         self.spec = spec
         self.number = number
         self.ready = False
@@ -78,9 +76,12 @@ class Replica:
         self.why = "starting"
         self.process: Process | None = None
         self._places = places
+        self._launcher = launcher
         self._tell = tell
         self._stopping = False
-        name = hashlib.sha256(f"{spec.model}|{spec.version}|{number}".encode()).hexdigest()[:12]
+        self._starting = asyncio.Lock()
+        # The name stands for the whole specification: whoever listens there is exactly this replica.
+        name = hashlib.sha256(self.what.encode()).hexdigest()[:12]
         self.socket = places.sockets / f"{name}.sock"
         self.log = places.logs / f"{name}.log"
         self._task: asyncio.Task[None] | None = None
@@ -103,7 +104,8 @@ class Replica:
         """Drains and ends it; returns once it is gone."""
         self._stopping = True
         self.ready = False
-        process = self.process
+        async with self._starting:  # a process that is just being started is not lost sight of
+            process = self.process
         if process is not None:
             await process.stop(DRAIN_S)
         if self._task is not None:
@@ -128,7 +130,7 @@ class Replica:
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             while not self._stopping:
                 began = time.monotonic()
-                if self.process is None and not self._start():
+                if self.process is None and not await self._start():
                     await asyncio.sleep(self._back_off())
                     continue
                 process = self.process
@@ -139,19 +141,22 @@ class Replica:
                 self._ended(process, steady=time.monotonic() - began > STEADY_S)
                 await asyncio.sleep(self._back_off())
 
-    def _start(self) -> bool:
-        self.socket.unlink(missing_ok=True)
-        try:
-            self.process = start(self._command(), mark(self._places.home, self.what), self.log)
-        except OSError as exc:
-            self.failures += 1
-            self.why = f"cannot be started: {exc.strerror or exc}"
-            return False
+    async def _start(self) -> bool:
+        async with self._starting:
+            if self._stopping:
+                return False
+            self.socket.unlink(missing_ok=True)
+            try:
+                self.process = await self._launcher.launch(self._arguments(), self.what, self.log)
+            except OSError as exc:
+                self.failures += 1
+                self.why = f"cannot be started: {exc.strerror or exc}: {last_words(self.log)}"
+                return False
         return True
 
-    def _command(self) -> list[str]:
+    def _arguments(self) -> list[str]:
         spec, places = self.spec, self._places
-        command = [*places.server_command, "--model", spec.model, "--version", spec.version]
+        command = ["--model", spec.model, "--version", spec.version]
         command += ["--path", str(places.model), "--digest", spec.digest, "--uds", str(self.socket)]
         command += ["--threads", str(spec.threads), "--prediction-column", str(spec.prediction_column)]
         command += ["--samples", str(places.samples), "--sample-share", str(spec.sample_share)]
@@ -224,23 +229,25 @@ class Replica:
 class VersionRunner:
     """All replicas of one deployed version."""
 
-    def __init__(self, spec: VersionSpec, places: Places, tell: Tell) -> None:
+    def __init__(self, spec: VersionSpec, places: Places, launcher: Launcher, tell: Tell) -> None:
         self.spec = spec
         self.samples = places.samples
         self.stopping = False
         self.suspended = False
         self._places = places
+        self._launcher = launcher
         self._tell = tell
         places.samples.mkdir(parents=True, exist_ok=True)
-        self.replicas = [Replica(spec, number, places, tell) for number in range(spec.replicas)]
+        self.replicas = self._new_replicas()
+
+    def _new_replicas(self) -> list[Replica]:
+        spec = self.spec
+        return [Replica(spec, number, self._places, self._launcher, self._tell) for number in range(spec.replicas)]
 
     def begin(self, survivors: dict[str, list[Process]]) -> None:
         """Starts the replicas; those that survived are taken over and removed from `survivors`."""
         for replica in self.replicas:
-            found = survivors.pop(replica.what, [])
-            replica.begin(found[0] if found else None)
-            if found[1:]:
-                survivors[replica.what] = found[1:]
+            replica.begin(_survivor(replica, survivors))
 
     async def stop(self) -> None:
         """Drains and ends all replicas."""
@@ -256,7 +263,7 @@ class VersionRunner:
     def resume(self) -> None:
         """Runs the replicas again after `suspend`."""
         self.suspended = self.stopping = False
-        self.replicas = [Replica(self.spec, number, self._places, self._tell) for number in range(self.spec.replicas)]
+        self.replicas = self._new_replicas()
         self.begin({})
 
     @property
@@ -281,3 +288,17 @@ class VersionRunner:
         if any(replica.failures >= FAILURES_UNTIL_FAILED for replica in self.replicas):
             return "failed"
         return "starting"
+
+
+def _survivor(replica: Replica, survivors: dict[str, list[Process]]) -> Process | None:
+    """The replica's process among the survivors, from which it is removed: one that bears its mark, or one that was
+    forked from the zygote and listens on its socket."""
+    marked = survivors.get(replica.what, [])
+    if marked:
+        return marked.pop()
+    forked = survivors.get(ZYGOTE, [])
+    pid = listening_on(replica.socket) if forked else None
+    found = next((process for process in forked if process.pid == pid), None)
+    if found is not None:
+        forked.remove(found)
+    return found

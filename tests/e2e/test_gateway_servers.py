@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -79,3 +81,45 @@ def test_going_back_needs_no_source(agent: RunningAgent) -> None:
     until(lambda: agent.version("1")["state"] == "ready", "it is ready again")
     agent.route("1", epoch=1)
     assert infer(agent, 5) == ["1"] * 5
+
+
+def test_servers_are_forked_adopted_after_the_agent_s_death_and_end_with_a_clean_stop(agent: RunningAgent) -> None:
+    for version in ("1", "2"):
+        path = agent.folder / f"{version}.onnx"
+        agent.client.deploy("m", version, path, models.score(path))
+        until(lambda version=version: agent.version(version)["state"] == "ready", "it is ready")
+    agent.route("1", "2", weight=50, epoch=1)
+    before = [agent.version(version)["replicas"][0]["pid"] for version in ("1", "2")]
+    parents = [int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) for pid in before]
+    assert parents[0] == parents[1] != agent.client.status()["agent"]["pid"]
+    agent.kill()
+    agent.start()
+    until(lambda: agent.version("2")["state"] == "ready", "version 2 is ready")
+    assert [agent.version(version)["replicas"][0]["pid"] for version in ("1", "2")] == before
+    agent.kill_server("2")
+    assert set(infer(agent, 40)) == {"1", "2"}
+    assert agent.process is not None
+    agent.process.terminate()
+    assert agent.process.wait(30) == 0
+    assert agent.children() == []
+
+
+def test_without_the_zygote_servers_start_all_the_same(agent: RunningAgent) -> None:
+    path = agent.folder / "1.onnx"
+    digest = models.score(path)
+    agent.client.deploy("m", "1", path, digest)
+    until(lambda: agent.version("1")["state"] == "ready", "it is ready")
+    [zygote] = [pid for pid in agent.children() if b"serving.zygote" in cmdline(pid) and is_zygote(agent, pid)]
+    os.kill(zygote, signal.SIGKILL)
+    agent.kill_server("1")
+    agent.route("1", epoch=1)
+    assert infer(agent, 5) == ["1"] * 5
+
+
+def cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def is_zygote(agent: RunningAgent, pid: int) -> bool:
+    """Whether it is the zygote itself, and not a server forked from it."""
+    return pid not in [replica["pid"] for replica in agent.version("1")["replicas"]]
