@@ -144,9 +144,7 @@ def look(policy: Policy, stage: int, state: State, evidence: Evidence) -> tuple[
         raise ValueError(f"stage {stage} does not follow stage {state.stage} of {rungs(policy)}")
     clock = faults.of_clock(state.at, evidence.at)
     if clock is not None:
-        # Times are compared again from here on, if this is a time at all.
-        rebased = replace(state, at=evidence.at, stable=None, candidate=None) if clock.begin_anew else state
-        return rebased, _all(policy, stage, clock)
+        return _on_new_clock(state, evidence.at) if clock.begin_anew else state, _all(policy, stage, clock)
     if stage > state.stage:
         state = _enter(state, stage, evidence.at)
     state = replace(state, at=evidence.at)
@@ -157,6 +155,12 @@ def look(policy: Policy, stage: int, state: State, evidence: Evidence) -> tuple[
         state, counted = _count(policy, stage, state, *difference)
     state, others = _compare(policy, stage, state, evidence)
     return state, (*counted, *others)
+
+
+def _on_new_clock(state: State, at: float) -> State:
+    """The state on a clock that went back: what was counted stays, times are compared again from here on."""
+    began = None if state.began is None else min(state.began, at)
+    return replace(state, at=at, began=began, staged=min(state.staged, at), stable=None, candidate=None)
 
 
 def _all(policy: Policy, stage: int, fault: Fault) -> tuple[GateReport, ...]:
