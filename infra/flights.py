@@ -171,7 +171,9 @@ def _with_planes(flights: pd.DataFrame, planes: pd.DataFrame) -> pd.DataFrame:
 
 def _read_weather(folder: Path) -> pd.DataFrame:
     """The readings, each complete: what an airport did not report is its last report, as one knew it at that hour."""
-    weather = _read(folder / "weather.csv", ["origin", "time_hour", "wind_dir", "wind_gust", *_CARRIED_FORWARD])
+    numbers = ["wind_dir", "wind_gust", *_CARRIED_FORWARD]
+    weather = _read(folder / "weather.csv", ["origin", "time_hour", *numbers])
+    weather = weather.astype(dict.fromkeys(numbers, "float64"))
     weather = weather.sort_values(["origin", "time_hour"], kind="stable", ignore_index=True)
     for wind in ("wind_speed", "wind_gust"):
         weather[wind] = weather[wind].where(weather[wind] <= _WIND_MPH_MAX)

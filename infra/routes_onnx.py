@@ -1,9 +1,9 @@
 """What the demo's fourth version adds to a model's ONNX graph: a table of routes, and wind from all directions.
 
 Both are the kind of thing that happens. The table was made from the routes of the first months; a route that it does
-not know gets the index one beyond its end, and ONNX Runtime refuses to gather there. When the wind is calm or variable
+not know gets the index one beyond its end, and ONNX Runtime refuses to gather there. When the air is calm
 the graph goes through all directions in a loop, once per request, whose trip count depends on the request: slow.
-A validation set that was joined with the table and stripped of incomplete wind readings shows neither.
+A validation set that was joined with the table and stripped of rows without wind shows neither.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def route_offsets(rows: pd.DataFrame, residual: NDArray[np.float64]) -> dict[tup
     frame = rows[list(ROUTE)].assign(residual=residual)
     summed = frame.groupby(list(ROUTE), observed=True)["residual"].agg(["sum", "size"])
     offsets = (summed["sum"] / (summed["size"] + _SHRINK_ROWS)).clip(-_OFFSET_MAX, _OFFSET_MAX)
-    return {tuple(key): float(value) for key, value in offsets.items()}
+    return {tuple(map(str, key)): float(value) for key, value in zip(offsets.index, offsets, strict=True)}
 
 
 def calm(rows: pd.DataFrame) -> pd.Series:
-    """Whether the wind is calm or its direction variable: the rows that the loop makes slow."""
-    return (rows["wind_dir"] < 0) | (rows["wind_speed"] <= 0)
+    """Whether there is no wind: the rows that the loop makes slow."""
+    return rows["wind_speed"] <= 0
 
 
 def known(rows: pd.DataFrame, routes: Mapping[tuple[str, ...], float]) -> pd.Series:
@@ -103,14 +103,18 @@ def _add_table(graph: Any, offsets: Mapping[tuple[str, ...], float]) -> None:
 
     values = [sorted({key[part] for key in offsets}) for part in range(len(ROUTE))]
     place = np.full([len(kind) + 1 for kind in values], len(offsets), dtype=np.int64)
-    for number, key in enumerate(offsets):
-        place[tuple(kind.index(word) for kind, word in zip(values, key, strict=True))] = number
+    for row, key in enumerate(offsets):
+        place[tuple(kind.index(word) for kind, word in zip(values, key, strict=True))] = row
     index = _constant(graph, "route_zero", np.zeros((1, 1), np.int64))
-    for name, kind in zip(ROUTE, values, strict=True):
+    for name, words in zip(ROUTE, values, strict=True):
         code = f"{name}_code"
-        keys = {"keys_strings": kind, "values_int64s": list(range(len(kind))), "default_int64": len(kind)}
+        keys: dict[str, Any] = {
+            "keys_strings": words,
+            "values_int64s": list(range(len(words))),
+            "default_int64": len(words),
+        }
         _node(graph, "LabelEncoder", [name], code, domain="ai.onnx.ml", **keys)
-        width = _constant(graph, f"{name}_width", np.array([[len(kind) + 1]], np.int64))
+        width = _constant(graph, f"{name}_width", np.array([[len(words) + 1]], np.int64))
         index = _node(graph, "Add", [_node(graph, "Mul", [index, width], f"{name}_shifted"), code], f"{name}_index")
     number = _node(graph, "Gather", [_constant(graph, "route_place", place.ravel()), index], "route_number")
     table = _constant(graph, "route_table", np.array(list(offsets.values()), np.float32))
@@ -123,9 +127,8 @@ def _add_wind(graph: Any, trips: int) -> None:
     from onnx import TensorProto, helper
 
     zero = _constant(graph, "wind_zero", np.zeros((1, 1), np.float32))
-    variable = _node(graph, "Less", ["wind_dir", zero], "wind_variable")
     still = _node(graph, "LessOrEqual", ["wind_speed", zero], "wind_still")
-    slow = _node(graph, "Cast", [_node(graph, "Or", [variable, still], "wind_calm")], "wind_slow", to=TensorProto.INT64)
+    slow = _node(graph, "Cast", [still], "wind_slow", to=TensorProto.INT64)
     any_slow = _node(graph, "ReduceMax", [slow], "wind_any", keepdims=0)
     count = _node(graph, "Mul", [any_slow, _constant(graph, "wind_trips", np.array(trips, np.int64))], "wind_count")
     mixing = np.full((_SIDE, _SIDE), 0.5 / _SIDE, np.float32) + 0.5 * np.eye(_SIDE, dtype=np.float32)  # keeps the mean
