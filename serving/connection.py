@@ -100,6 +100,7 @@ class Connection(asyncio.Protocol):
         self._active = perf_counter()
         self._stuck: float | None = None  # since when the client takes no bytes
         self._half = False  # the client sends no more, but waits for its answers
+        self._failed = False  # what came could not be read; anything after it is thrown away
         self._closing = False
 
     # -- asyncio.Protocol ------------------------------------------------------------------------------------------
@@ -233,7 +234,10 @@ class Connection(asyncio.Protocol):
             b"%bcontent-type: %b\r\ncontent-length: %d\r\n%b%b\r\n%b"
             % (_STATUS[status], content_type, len(body), extra, b"" if keep else b"connection: close\r\n", body_sent)
         )
-        if not keep:
+        if self._failed and transport.can_write_eof():
+            # To close over bytes that nobody read would reset the connection, and the client might miss the answer.
+            transport.write_eof()
+        elif not keep:
             self.close()
         elif self._waiting:
             # Not at once: a client that sends thousands ahead must not deepen the stack or starve the others.
@@ -253,7 +257,8 @@ class Connection(asyncio.Protocol):
         """Refuses what cannot be read; the connection closes, since nothing after it can be trusted."""
         if self._closing:
             return
-        self._closing = True
+        self._closing = self._failed = True
+        self._started = None
         if self._current is not None:  # the answer under way goes out first, then the connection closes
             self._current.keep_alive = False
             return

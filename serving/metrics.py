@@ -44,10 +44,12 @@ class Histogram:
                 else:
                     self.counts[-1] += 1
             return
-        buckets = np.bincount(np.searchsorted(self._array, values), minlength=len(self.counts))
+        finite = np.isfinite(values)
+        known = np.where(finite, values, np.inf)
+        buckets = np.bincount(np.searchsorted(self._array, known), minlength=len(self.counts))
         for at in np.flatnonzero(buckets).tolist():
             self.counts[at] += int(buckets[at])
-        self.total += float(values.sum(where=np.isfinite(values)))
+        self.total += float(values.sum(where=finite))
 
 
 class Metrics:

@@ -100,3 +100,47 @@ def slow(path: Path) -> str:
             ("start", np.full((64, 64), 0.01, dtype=np.float32)),
         ],
     )
+
+
+def two_inputs(path: Path) -> str:
+    """`a` FP32 [N, W] and `s` BYTES [N] -> `total` FP32 [N] and `same` BYTES [N]; W is free."""
+    return save(
+        path,
+        [
+            helper.make_node("ReduceSum", ["a", "axis"], ["total"], keepdims=0),
+            helper.make_node("Identity", ["s"], ["same"]),
+        ],
+        [("a", TensorProto.FLOAT, ["N", "W"]), ("s", TensorProto.STRING, ["N"])],
+        [("total", TensorProto.FLOAT, ["N"]), ("same", TensorProto.STRING, ["N"])],
+        [("axis", np.array([1], dtype=np.int64))],
+    )
+
+
+def rows_that_look_at_each_other(path: Path) -> str:
+    """`f` FP32 [N] -> `o` FP32 [N]: each value less the largest of the batch. Its shapes alone look batchable."""
+    return save(
+        path,
+        [helper.make_node("ReduceMax", ["f"], ["most"], keepdims=1), helper.make_node("Sub", ["f", "most"], ["o"])],
+        [("f", TensorProto.FLOAT, ["N"])],
+        [("o", TensorProto.FLOAT, ["N"])],
+    )
+
+
+def one_row_only(path: Path) -> str:
+    """`f` FP32 [1, 4] -> `o` FP32 [1, 4], doubled: a model that forbids batching."""
+    return save(
+        path,
+        [helper.make_node("Add", ["f", "f"], ["o"])],
+        [("f", TensorProto.FLOAT, [1, 4])],
+        [("o", TensorProto.FLOAT, [1, 4])],
+    )
+
+
+def echo(path: Path, datatype: int) -> str:
+    """`x` -> `y`, the same, of the ONNX type `datatype`, [N, 2]."""
+    return save(
+        path,
+        [helper.make_node("Identity", ["x"], ["y"])],
+        [("x", datatype, ["N", 2])],
+        [("y", datatype, ["N", 2])],
+    )

@@ -1,0 +1,93 @@
+"""Tensors: every datatype survives both spellings, and what does not fit is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from serving.errors import OffContract
+from serving.tensors import BY_NAME, DATATYPES, Tensor, from_bytes, from_json, to_bytes, to_json
+
+
+def spec(name: str, *shape: int | str | None, finite: bool = False) -> Tensor:
+    return Tensor("x", BY_NAME[name], shape or (None, None), finite)
+
+
+def values_of(name: str) -> st.SearchStrategy[np.ndarray]:
+    shapes = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=5)
+    if name == "BYTES":
+        text = st.text(max_size=8).filter(lambda value: not value.endswith("\0"))  # numpy drops a trailing NUL
+        return hnp.arrays(object, shapes, elements=text)
+    dtype = BY_NAME[name].numpy
+    finite = {"allow_nan": False, "allow_infinity": False} if dtype.kind == "f" else {}
+    return hnp.arrays(dtype, shapes, elements=hnp.from_dtype(dtype, **finite))
+
+
+@pytest.mark.parametrize("name", [datatype.name for datatype in DATATYPES])
+@given(data=st.data())
+def test_every_datatype_survives_json_and_raw_bytes(name: str, data: st.DataObject) -> None:
+    values = data.draw(values_of(name))
+    what = spec(name, *([None] * values.ndim))
+    nested = orjson.loads(orjson.dumps(to_json(values), option=orjson.OPT_SERIALIZE_NUMPY))
+    flat = orjson.loads(orjson.dumps(to_json(values.reshape(-1)), option=orjson.OPT_SERIALIZE_NUMPY))
+    for read in (
+        from_json(what, values.shape, nested),
+        from_json(what, values.shape, flat),
+        from_bytes(what, values.shape, memoryview(to_bytes(values))),
+    ):
+        assert read.dtype == values.dtype
+        np.testing.assert_array_equal(read, values)
+
+
+REFUSED: list[tuple[str, list[int], Any, str]] = [
+    ("FP32", [2, 2], [[1, 2], [3]], "expected 2 values in every row (axis 1), got 1 in row 1"),
+    ("FP32", [2, 2], [[1, 2]], "expected 2 rows"),
+    ("FP32", [1, 2], [1, 2, 3], "expected 2 values for shape [1, 2], got 3 values"),
+    ("FP32", [1, 2], [1, "2"], "expected FP32 values, got '2' at element 1"),
+    ("FP32", [1, 2], {"a": 1}, "expected a list of values"),
+    ("INT64", [1, 2], [1, 2.5], "expected INT64 values, got 2.5 at element 1"),
+    ("INT64", [1, 2], [1, None], "expected INT64 values, got None at element 1"),
+    ("INT64", [1, 1], [2**63], "got 9223372036854775808"),
+    ("UINT8", [1, 2], [255, 256], "expected UINT8 values, got 256 at element 1"),
+    ("UINT8", [1, 1], [-1], "got -1"),
+    ("BOOL", [1, 1], ["yes"], "expected true or false, got 'yes'"),
+    ("BYTES", [1, 1], [7], "expected strings, got 7"),
+    ("FP32", [2, 2], [[1, 2], 3], "expected a list of 2 values at row 1"),
+    ("FP32", [1, 1], [[[1]]], "got [1]"),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "data", "says"), REFUSED)
+def test_what_does_not_fit_is_named(name: str, shape: list[int], data: Any, says: str) -> None:
+    with pytest.raises(OffContract) as refusal:
+        from_json(spec(name), shape, data)
+    assert str(refusal.value).startswith("input 'x': ")
+    assert says in str(refusal.value)
+
+
+def test_null_is_nan_where_the_type_has_it_and_the_contract_allows_it() -> None:
+    assert np.isnan(from_json(spec("FP32"), [1, 1], [None])).all()
+    with pytest.raises(OffContract, match="expected finite numbers, got nan at element 1"):
+        from_json(spec("FP32", None, None, finite=True), [1, 2], [1, None])
+    with pytest.raises(OffContract, match="finite"):
+        from_bytes(spec("FP64", None, finite=True), [1], memoryview(np.array([np.inf]).tobytes()))
+
+
+@given(raw=st.binary(max_size=64), count=st.integers(0, 2**39), name=st.sampled_from(sorted(BY_NAME)))
+def test_raw_bytes_of_any_length_are_read_or_refused(raw: bytes, count: int, name: str) -> None:
+    """A lying shape never becomes an allocation, a crash or another error than OffContract."""
+    try:
+        values = from_bytes(spec(name, None), [count], memoryview(raw))
+    except OffContract:
+        return
+    assert values.shape == (count,)
+
+
+def test_a_bool_is_never_another_byte_than_0_or_1() -> None:
+    assert from_bytes(spec("BOOL", None), [3], memoryview(b"\x00\x01\x07")).view(np.uint8).tolist() == [0, 1, 1]
