@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +44,14 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 def _fail(message: str, code: int) -> NoReturn:
     err.print(f"lockgate: {message}", markup=False)
     raise typer.Exit(code)
+
+
+def _settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as exc:
+        told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors())
+        _fail(f"the settings (LOCKGATE_* variables, lockgate.toml) cannot be used: {told}", USAGE)
 
 
 def _print(document: Any) -> None:
@@ -82,7 +92,7 @@ def up(
     from flows import platform
 
     given = {"prefect_port": prefect_port, "mlflow_port": mlflow_port, "gateway_port": gateway_port}
-    settings = Settings.model_validate({**Settings().model_dump(), **{k: port for k, port in given.items() if port}})
+    settings = Settings.model_validate({**_settings().model_dump(), **{k: port for k, port in given.items() if port}})
     raise typer.Exit(platform.up(settings, detach, out, err))
 
 
@@ -91,19 +101,15 @@ def down() -> None:
     """Stop the local platform. The data stays."""
     from flows import platform
 
-    raise typer.Exit(platform.down(Settings(), out))
+    raise typer.Exit(platform.down(_settings(), out))
 
 
 @app.command(epilog="Example: lockgate status --json")
 def status(as_json: Json = False) -> None:
     """What runs, where it is, and how each model stands."""
     from flows.overview import overview
-    from tasks.ports import PortError
 
-    try:
-        seen = overview(Settings())
-    except PortError as exc:
-        _fail(str(exc), UNFINISHED)
+    seen = overview(_settings())
     if as_json:
         _print(seen)
         return
@@ -156,7 +162,7 @@ def deliver(
         "metrics": _metrics(metrics),
         "reason": reason,
     }
-    code, outcome = run_delivery(Settings(), request, None if as_json else out, err)
+    code, outcome = run_delivery(_settings(), request, None if as_json else out, err)
     if as_json and outcome is not None:
         _print(outcome)
     raise typer.Exit(code)
@@ -176,7 +182,7 @@ def rollback(model: Model, reason: Reason = "", as_json: Json = False) -> None:
     """Back to the former version: aborts a rollout under way, or brings the last proven version back."""
     from flows.run import run_rollback
 
-    code, outcome = run_rollback(Settings(), model, reason, None if as_json else out, err)
+    code, outcome = run_rollback(_settings(), model, reason, None if as_json else out, err)
     if as_json and outcome is not None:
         _print(outcome)
     raise typer.Exit(code)
@@ -188,13 +194,9 @@ def watch(model: Model, as_json: Json = False) -> None:
     from flows.live import LiveView
     from flows.overview import newest
     from flows.wiring import ledger
-    from tasks.ports import PortError
 
-    book = ledger(Settings())
-    try:
-        name = newest(book, model)
-    except PortError as exc:
-        _fail(str(exc), UNFINISHED)
+    book = ledger(_settings())
+    name = newest(book, model)
     if name is None:
         _fail(f"the ledger has no rollout of model '{model}'", USAGE)
     if as_json:
@@ -209,7 +211,7 @@ def watch(model: Model, as_json: Json = False) -> None:
 def _order(model: str, what: str, reason: str, as_json: bool) -> None:
     from flows.run import give_order
 
-    code, message = give_order(Settings(), model, what, reason)
+    code, message = give_order(_settings(), model, what, reason)
     if code != DONE:
         _fail(message, code)
     _print({"model": model, "order": what, "state": message}) if as_json else out.print(
@@ -304,8 +306,21 @@ def demo(
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script. Every foreseen error is one sentence, and the exit code that goes with it."""
+    from tasks.ports import BadInput, NotThere, PortError
+
+    try:
+        app()
+    except PortError as exc:
+        err.print(f"lockgate: {exc}", markup=False)
+        sys.exit(USAGE if isinstance(exc, (BadInput, NotThere)) else UNFINISHED)
+    except OSError as exc:
+        if exc.errno != errno.ENOSPC:
+            raise
+        err.print(
+            f"lockgate: the disk is full ({exc.filename or 'no file named'}); nothing was changed by this command"
+        )
+        sys.exit(UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ from pydantic import BaseModel, Field
 
 from flows.checks import Preparation, prepare, run_checks
 from flows.publish import Publisher, artifact_key
-from flows.rollout import Controller, Observer, fold, order
-from flows.story import story_of
+from flows.rollout import Controller, Observer, order
+from flows.story import fold, story_of
 from flows.wiring import connect
 from policies.events import ENDED, Phase, Requested, to_body
 from policies.policy import Policy, parse
-from policies.rollout import Rollout, terms
-from tasks.outcome import OUTCOMES
+from policies.rollout import OUTCOMES, Rollout, terms
 from tasks.ports import BadInput, ModelVersion, PortError, Ports, Refused, Submission
 from tasks.registration import register
 from tasks.report import publish_report
@@ -93,6 +92,7 @@ def deliver_with(ports: Ports, request: Delivery, observers: list[Observer]) -> 
     policy = parse(request.policy, "policy")
     if policy.model not in (None, request.model):
         raise BadInput(f"policy '{policy.name}' is for model '{policy.model}', not '{request.model}'")
+    ports.telemetry.warm()
     preparation = prepare(ports, policy, request_submission(request), Path(request.policy_folder))
     version = in_prefect(register, ports.registry, preparation.submission, name=f"register {request.model}")
     _refuse_pointless(ports, version)

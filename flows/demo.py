@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -142,6 +143,7 @@ def _deliveries(
         for version in STORY:
             stage.current = version
             view.say(f"v{version}: {STORY[version]}")
+            _wait_for_the_calendar(home, stage, version, view.say)
             code, outcome = guarded(lambda version=version: _deliver(home, version), err)  # type: ignore[misc]
             if outcome is None:
                 return code
@@ -154,6 +156,16 @@ def _deliveries(
     assert clients is not None
     clients.stop()
     return _finish(home, stage, json_file, out, began)
+
+
+def _wait_for_the_calendar(home: Path, stage: Stage, version: str, say: Callable[[str], None]) -> None:
+    """No version is asked about a flight that it was trained on: live traffic must have come that far."""
+    told = json.loads((home / "models" / "demo.json").read_text())
+    recipe = next(each for each in told["versions"] if each["version"] == version)
+    if stage.clients().get("row", 0) < recipe["live_from"]:
+        say(f"    it was trained on flights until {recipe['trained'][1]}; waiting until live traffic is past its data")
+    while stage.clients().get("row", 0) < recipe["live_from"]:
+        time.sleep(0.2)
 
 
 def _deliver(home: Path, version: str) -> dict[str, Any]:

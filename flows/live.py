@@ -14,8 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flows.publish import share_done
-from flows.story import reports_in, weights
+from flows.story import reports_in, share_done, weights
 from policies.events import Looked, from_body
 from policies.rollout import Rollout, step
 from policies.verdict import GateReport, Verdict

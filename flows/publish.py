@@ -21,25 +21,13 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.exceptions import PrefectHTTPStatusError
 
 from flows.rollout import Progress
-from policies.events import Looked, Phase
-from policies.rollout import Rollout
+from flows.story import share_done
+from policies.events import Looked
 from policies.verdict import GateReport
 
 _EVERY_S = 2.0
 _QUEUE = 200
 log = logging.getLogger("lockgate.publish")
-
-
-def share_done(state: Rollout) -> float:
-    """How far the rollout is, in percent of its stages and its watch."""
-    steps = len(state.terms.stops) + 2
-    if state.ended:
-        return 100.0
-    if state.phase is Phase.PENDING:
-        return 0.0
-    if state.phase in (Phase.PROMOTING, Phase.WATCHING):
-        return 100.0 * (steps - 1) / steps
-    return 100.0 * (state.stage + 0.5) / steps
 
 
 def rows(reports: tuple[GateReport, ...]) -> list[dict[str, Any]]:

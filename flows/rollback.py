@@ -15,7 +15,8 @@ from prefect.context import FlowRunContext
 
 from flows.deliver import Outcome, conclude, in_prefect, whoami
 from flows.publish import Publisher
-from flows.rollout import Controller, fold, order
+from flows.rollout import Controller, order
+from flows.story import fold
 from flows.wiring import connect
 from policies.events import Phase, Requested, to_body
 from policies.rollout import Rollout

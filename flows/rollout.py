@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from flows.story import evidence_of, fold, policy_of
 from policies import gates, rollout
 from policies.events import (
     Checked,
@@ -38,7 +39,7 @@ from policies.verdict import GateReport, Verdict, worst
 from tasks.deployment import deploy, deployment, undeploy
 from tasks.evidence import Lookout
 from tasks.outcome import quarantine, set_champion, tell
-from tasks.ports import BadInput, Entry, NotThere, PortError, Ports, Refused
+from tasks.ports import BadInput, NotThere, PortError, Ports, Refused
 from tasks.registration import fetch
 from tasks.traffic import route_for, set_traffic
 
@@ -69,22 +70,6 @@ class Progress:
 
 Observer = Callable[[Progress], None]
 Checks = Callable[[Rollout, Policy], Sequence[GateReport]]
-
-
-def policy_of(entries: Sequence[Entry]) -> Policy:
-    """The policy that the rollout was requested under: it is in the first entry, whatever became of the file."""
-    return Policy.model_validate(entries[0].body["policy"])
-
-
-def fold(entries: Sequence[Entry]) -> Rollout | None:
-    """The state of the rollout that the entries tell of; None without entries."""
-    return rollout.fold(from_body(entry.kind, entry.body, entry.at, entry.number) for entry in entries)
-
-
-def evidence_of(entry: Entry) -> Evidence | None:
-    """The evidence that the entry's look was decided on, if it is a look."""
-    body = entry.body.get("evidence")
-    return gates.evidence_from(body) if body is not None else None
 
 
 @dataclass

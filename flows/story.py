@@ -1,17 +1,33 @@
-"""The story of a rollout, told from its ledger entries and nothing else."""
+"""What the ledger's entries say of a rollout: its policy, its state, its evidence, its story."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flows.rollout import evidence_of
-from policies.events import Event, from_body
-from policies.evidence import Counts
-from policies.rollout import Rollout, step
+from policies import gates, rollout
+from policies.events import Event, Phase, from_body
+from policies.evidence import Counts, Evidence
+from policies.policy import Policy
+from policies.rollout import OUTCOMES, Rollout, step
 from policies.verdict import GateReport, Verdict
-from tasks.outcome import OUTCOMES
 from tasks.ports import Entry, Look, Story
+
+
+def policy_of(entries: Sequence[Entry]) -> Policy:
+    """The policy that the rollout was requested under: it is in the first entry, whatever became of the file."""
+    return Policy.model_validate(entries[0].body["policy"])
+
+
+def fold(entries: Sequence[Entry]) -> Rollout | None:
+    """The state of the rollout that the entries tell of; None without entries."""
+    return rollout.fold(from_body(entry.kind, entry.body, entry.at, entry.number) for entry in entries)
+
+
+def evidence_of(entry: Entry) -> Evidence | None:
+    """The evidence that the entry's look was decided on, if it is a look."""
+    body = entry.body.get("evidence")
+    return gates.evidence_from(body) if body is not None else None
 
 
 def reports_in(body: Mapping[str, Any]) -> tuple[GateReport, ...]:
@@ -27,6 +43,18 @@ def weights(state: Rollout) -> tuple[int, int]:
     if phase in ("promoting", "watching"):
         return 100, state.terms.watch_shadow
     return (100, 0) if phase == "promoted" else (0, 0)
+
+
+def share_done(state: Rollout) -> float:
+    """How far the rollout is, in percent of its stages and its watch."""
+    steps = len(state.terms.stops) + 2
+    if state.ended:
+        return 100.0
+    if state.phase is Phase.PENDING:
+        return 0.0
+    if state.phase in (Phase.PROMOTING, Phase.WATCHING):
+        return 100.0 * (steps - 1) / steps
+    return 100.0 * (state.stage + 0.5) / steps
 
 
 def story_of(entries: Sequence[Entry]) -> Story:

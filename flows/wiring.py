@@ -126,12 +126,12 @@ def connect(settings: Settings | None = None) -> Ports:
 @lru_cache(maxsize=1)
 def _bound(settings_json: str, _platform: int) -> Ports:
     """One set of adapters a process: some hold a worker process whose vendor takes seconds to import."""
-    from infra.drift_evidently import EvidentlyDrift
-    from infra.probe_http import HttpProbe
     from infra.report_html import HtmlReporter
 
     from infra.contract_great_expectations import GreatExpectationsContract
+    from infra.drift_evidently import EvidentlyDrift
     from infra.inspector_onnx import OnnxInspector
+    from infra.probe_http import HttpProbe
     from infra.registry_mlflow import MlflowRegistry
     from infra.router_envoy import EnvoyRouter
     from infra.rows_arrow import ArrowRows
@@ -148,7 +148,7 @@ def _bound(settings_json: str, _platform: int) -> Ports:
         probe=HttpProbe(),
         target=LocalTarget(addresses.agent_home),
         router=EnvoyRouter(addresses.agent_home),
-        telemetry=LiveTelemetry(addresses.agent_home, EvidentlyDrift()),
+        telemetry=LiveTelemetry(addresses.agent_home, EvidentlyDrift(wait_s=0.2)),
         ledger=ledger(settings),
         reporter=HtmlReporter(),
         clock=SystemClock(),

@@ -17,7 +17,7 @@ from tasks.ports import NotThere
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_WINDOW_ROWS = 20_000
+_WINDOW_ROWS = 6_000
 _SETTLE_S = 3.0  # segments are written every second, and a copy may be answered after the original
 _OWN = ("prediction", "status", "row")
 
@@ -40,6 +40,9 @@ class LiveTelemetry:
         self._drift = drift
         self._pairs: dict[tuple[str, str, str], _Counted] = {}
 
+    def warm(self) -> None:
+        self._drift.warm()
+
     def counts(self, model: str, version: str, shadow: bool) -> Counts:
         return self._counts.counts(model, version, "shadow" if shadow else "live")
 
@@ -48,6 +51,7 @@ class LiveTelemetry:
     ) -> Drift:
         tables = [self._samples.read(model, version, since, _WINDOW_ROWS) for version in (stable, candidate)]
         names = [name if name in _OWN else f"in.{name}" for name in columns]
+        kept = [*names, "status"]
         for version, table in zip((stable, candidate), tables, strict=True):
             missing = [name for name in names if name not in table.column_names]
             if table.num_rows == 0 or missing:

@@ -115,6 +115,15 @@ class Rollout:
         return str(self.phase)
 
 
+# How an ended rollout is told to machines: JSON, tags, exit codes.
+OUTCOMES = {
+    Phase.PROMOTED: "promoted",
+    Phase.ROLLED_BACK: "rolled_back",
+    Phase.REFUSED: "refused",
+    Phase.HALTED: "halted",
+}
+
+
 class Illegal(ValueError):
     """The event cannot happen in this state. Nothing was changed."""
 

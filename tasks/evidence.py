@@ -73,9 +73,10 @@ class Lookout:
         candidate = self._counts(state, state.candidate, shadow=state.phase is Phase.SHADOW, problems=problems)
         drift, pairs = None, None
         if at - self.compared_at >= _DRIFT_EVERY_S or at < self.compared_at:
-            self.compared_at = at
             drift = self._drift(state, problems)
             pairs = self._pairs(state, problems)
+            if drift is not None or problems or self.policy.rollout.gates.drift is None:
+                self.compared_at = at
         return Evidence(at, stable, candidate, drift, pairs, problems)
 
     def _counts(self, state: Rollout, version: str | None, shadow: bool, problems: dict[str, str]) -> Counts | None:
@@ -101,7 +102,7 @@ class Lookout:
                 state.model, state.stable, state.candidate, gate.columns, gate.method, self._begin()
             )
         except NotThere:
-            return None  # too few rows yet: no evidence, and the gate holds
+            return None  # no rows yet, or the comparison is under way: no evidence, and the gate holds
         except PortError as exc:
             problems["drift"] = str(exc)
             return None

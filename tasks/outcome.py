@@ -7,16 +7,8 @@ from datetime import UTC, datetime
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from policies.events import Phase
-from policies.rollout import Rollout
+from policies.rollout import OUTCOMES, Rollout
 from tasks.ports import Ledger, Registry
-
-OUTCOMES = {
-    Phase.PROMOTED: "promoted",
-    Phase.ROLLED_BACK: "rolled_back",
-    Phase.REFUSED: "refused",
-    Phase.HALTED: "halted",
-}
 
 
 @task(name="set aliases", timeout_seconds=60, cache_policy=NO_CACHE)

@@ -261,13 +261,16 @@ class Router(Protocol):
 class Telemetry(Protocol):
     """Reads what the data plane counted and sampled."""
 
+    def warm(self) -> None:
+        """Starts whatever takes seconds to start, without waiting for it."""
+
     def counts(self, model: str, version: str, shadow: bool) -> Counts:
         """Cumulative counters of the version: of copies with `shadow`, else of live requests. Raises PortError."""
 
     def drift(
         self, model: str, stable: str, candidate: str, columns: Sequence[str], method: str, since: float
     ) -> Drift:
-        """Sampled rows of both versions since the time, compared. Raises PortError; NotThere: too few rows yet."""
+        """Sampled rows of both versions since the time, compared. Raises PortError; NotThere: not yet."""
 
     def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:
         """The requests that both versions answered since the time. Raises PortError."""

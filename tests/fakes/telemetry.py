@@ -55,6 +55,9 @@ class FakeTelemetry:
         key = (model, version, shadow)
         self.requests[key] = self.requests.get(key, 0.0) + requests
 
+    def warm(self) -> None:
+        self._up()
+
     def counts(self, model: str, version: str, shadow: bool) -> Counts:
         self._up()
         requests = int(self.requests.get((model, version, shadow), 0.0))
