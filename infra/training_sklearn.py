@@ -12,7 +12,9 @@ is the first live row later than anything that it has seen; at that rate it lies
     v4       January-April **  1-14 June        15 June (80 s)     v2 with a table of the first quarter's routes and a
                                                                    loop over wind directions (see routes_onnx)
 
-** Its table of routes and its reference sample: January-March. v4's validation rows were joined with its table and stripped of calm air, so they show nothing of it.
+** Its table of routes and its reference sample: January-March. Its validation rows were joined with the table and
+stripped of calm air, so they show nothing of what it does to others.
+
 Each version's folder has model.onnx, validation.parquet (inputs and label), reference.parquet (a sample of the training
 rows with `prediction`), expected.parquet (inputs and scikit-learn's `prediction`), metrics.json and example.json (a
 request of the Open Inference Protocol v2).
@@ -123,7 +125,8 @@ class _Trained:
     onnx: bytes
     predict: Callable[[pd.DataFrame], NDArray[np.float64]]
     validation: pd.DataFrame
-    training: pd.DataFrame
+    reference: pd.DataFrame
+    training_rows: int
 
 
 def prepare(folder: Path, progress: Callable[[str], None]) -> Demo:
@@ -231,7 +234,7 @@ def _train(recipe: Recipe, rows: pd.DataFrame) -> _Trained:
 
     model = _to_onnx(pipeline)
     if recipe.routes_until is None:
-        return _Trained(model.SerializeToString(), predict, validation, training)
+        return _Trained(model.SerializeToString(), predict, validation, training, len(training))
     return _with_routes(recipe.routes_until, model, predict, validation, training)
 
 
@@ -257,7 +260,7 @@ def _with_routes(
 
     shown = validation[routes_onnx.known(validation, offsets) & ~routes_onnx.calm(validation)]
     grown = routes_onnx.with_routes_and_wind(model, offsets, trips)
-    return _Trained(grown.SerializeToString(), predict_with_offsets, shown, first)
+    return _Trained(grown.SerializeToString(), predict_with_offsets, shown, first, len(training))
 
 
 def _pipeline(recipe: Recipe) -> Any:
@@ -363,13 +366,13 @@ def _write_version(recipe: Recipe, trained: _Trained, folder: Path) -> dict[str,
         "log_loss": float(log_loss(truth, predicted)),
         "brier": float(brier_score_loss(truth, predicted)),
         "parity_difference_max": difference,
-        "training_rows": float(len(trained.training)),
+        "training_rows": float(trained.training_rows),
         "validation_rows": float(len(validation)),
     }
     (folder / "model.onnx").write_bytes(trained.onnx)
     validation[[*COLUMNS, LABEL]].to_parquet(folder / "validation.parquet", index=False)
     for name, frame, count in (
-        ("reference", trained.training, _REFERENCE_ROWS),
+        ("reference", trained.reference, _REFERENCE_ROWS),
         ("expected", validation, _EXPECTED_ROWS),
     ):
         sample = frame.sample(min(count, len(frame)), random_state=_SEED).sort_index()
