@@ -99,14 +99,18 @@ def traffic(looks: Sequence[Look], started: float, after: tuple[float, int] | No
         shares.step(seconds, shadow, where="post", color=_STABLE, linewidth=1.4, linestyle=(0, (2, 2)), label="copied")
     shares.set_ylim(-3, 108)
     shares.set_ylabel("percent")
-    shares.legend(loc="upper left", fontsize=8, ncols=2, frameon=False, bbox_to_anchor=(0, 1.2), borderaxespad=0)
+    shares.legend(
+        loc="upper left", fontsize=8, ncols=2, frameon=False, labelcolor=_INK, bbox_to_anchor=(0, 1.2), borderaxespad=0
+    )
     for candidate, colour, name in ((False, _STABLE, "stable"), (True, _CANDIDATE, "candidate")):
         times, found = rates(kept, candidate)
         load.plot([t - started for t in times], found, color=colour, linewidth=1.4, label=name)
     load.set_ylim(bottom=0)
     load.set_ylabel("requests/s")
     load.set_xlabel("seconds since the start")
-    load.legend(loc="upper left", fontsize=8, ncols=2, frameon=False, bbox_to_anchor=(0, 1.25), borderaxespad=0)
+    load.legend(
+        loc="upper left", fontsize=8, ncols=2, frameon=False, labelcolor=_INK, bbox_to_anchor=(0, 1.25), borderaxespad=0
+    )
     shares.tick_params(labelbottom=False)
     load.set_xlim(shares.get_xlim())
     return _svg(figure, f"Traffic of {len(looks)} looks")

@@ -100,6 +100,8 @@ def test_the_plots_take_the_colours_of_the_page_and_share_no_ids(tmp_path: Path)
     text = render(story())
     assert not re.search(r"#0102\d\d", text), "a stand-in colour was left"
     assert "var(--candidate)" in text.split("<svg", 1)[1]
+    painted = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", "".join(text.split("<svg ")[1:])))
+    assert all(paint in ("none", "currentColor") or paint.startswith("var(--") for paint in painted), painted
     ids = [set(re.findall(r'id="([mp][0-9a-f]{8,})"', svg)) for svg in text.split("<svg ")[1:]]
     assert all(not (a & b) for at, a in enumerate(ids) for b in ids[at + 1 :])
 
