@@ -70,15 +70,21 @@ def test_an_agent_that_does_not_listen_any_more_says_so(tmp_path: Path) -> None:
 
 
 def test_an_agent_that_hangs_is_absent_after_the_time_out(tmp_path: Path) -> None:
-    with agent_saying(tmp_path, None), AgentClient(tmp_path, timeout_s=0.2) as client:
-        with pytest.raises(AgentAbsent, match="did not answer GET /v1/status in time"):
-            client.status()
+    with (
+        agent_saying(tmp_path, None),
+        AgentClient(tmp_path, timeout_s=0.2) as client,
+        pytest.raises(AgentAbsent, match="did not answer GET /v1/status in time"),
+    ):
+        client.status()
 
 
 def test_an_agent_that_hangs_up_is_absent(tmp_path: Path) -> None:
-    with agent_saying(tmp_path, b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"), AgentClient(tmp_path) as client:
-        with pytest.raises(AgentAbsent, match="the connection to the agent broke during GET"):
-            client.status()
+    with (
+        agent_saying(tmp_path, b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"),
+        AgentClient(tmp_path) as client,
+        pytest.raises(AgentAbsent, match="the connection to the agent broke during GET"),
+    ):
+        client.status()
 
 
 @pytest.mark.parametrize(
@@ -94,17 +100,23 @@ def test_an_agent_that_hangs_up_is_absent(tmp_path: Path) -> None:
     ],
 )
 def test_the_agent_s_sentence_and_facts_arrive(tmp_path: Path, status: str, error: type[AgentError]) -> None:
-    with agent_saying(tmp_path, http(status, '{"error": "so it is", "epoch": 7}')), AgentClient(tmp_path) as client:
-        with pytest.raises(AgentError, match="so it is") as said:
-            client.set_route(Route("m", "1", epoch=3))
+    with (
+        agent_saying(tmp_path, http(status, '{"error": "so it is", "epoch": 7}')),
+        AgentClient(tmp_path) as client,
+        pytest.raises(AgentError, match="so it is") as said,
+    ):
+        client.set_route(Route("m", "1", epoch=3))
     assert type(said.value) is error
     assert said.value.facts["epoch"] == 7
 
 
 def test_an_answer_that_is_no_json_is_shown(tmp_path: Path) -> None:
-    with agent_saying(tmp_path, http("200 OK", "<html>")), AgentClient(tmp_path) as client:
-        with pytest.raises(AgentError, match="is not JSON: '<html>'"):
-            client.status()
+    with (
+        agent_saying(tmp_path, http("200 OK", "<html>")),
+        AgentClient(tmp_path) as client,
+        pytest.raises(AgentError, match="is not JSON: '<html>'"),
+    ):
+        client.status()
 
 
 def test_names_cannot_reach_other_paths_and_the_token_goes_along(tmp_path: Path) -> None:
