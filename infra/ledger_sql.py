@@ -79,7 +79,7 @@ class SqlLedger:
             with self._read() as connection:
                 rows = connection.execute(page).all()
             for row in rows:
-                yield _line(row)
+                yield line_of(*row)
             if len(rows) < _PAGE:
                 return
             after = rows[-1].number
@@ -290,12 +290,18 @@ def _entry(row: sa.Row[Any]) -> Entry:
     )  # fmt: skip
 
 
-def _line(row: sa.Row[Any]) -> bytes:
-    text = audit.line(
-        row.number, row.rollout, row.sequence, row.at, row.actor, row.kind, row.body, row.previous_hash, row.hash
-    )
-    # A stored body that is not ASCII was never written by a ledger: it goes out as it is, and fails the check.
-    return text.encode() + b"\n"
+def line_of(*row: Any) -> bytes:
+    """The line of a stored row, its columns in the table's order: with the body exactly as it is stored.
+
+    What no ledger has written (a byte that is not ASCII, a text where a number should be) goes out, too, and fails
+    the check there.
+    """
+    number, rollout, sequence, at, actor, kind, body, previous_hash, own_hash = row
+    try:
+        text = audit.line(number, rollout, sequence, at, actor, kind, body, previous_hash, own_hash)
+    except (TypeError, ValueError):
+        text = repr(row)
+    return text.encode("utf-8", "surrogatepass") + b"\n"
 
 
 # ---------------------------------------------------------------- connections

@@ -77,12 +77,13 @@ def canonical(value: Any) -> str:
 
 
 def written(body: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """An entry's body as text, and as it will be read again. Raises NotCanonical."""
+    """An entry's body as text, and as it will be read again: tuples as lists, keys as texts. Raises NotCanonical."""
     text = canonical(body)
     again = parse(text)
-    if not isinstance(again, dict) or canonical(again) != text:
-        raise NotCanonical("cannot be written to the ledger: a key is not a text")
-    return text, again
+    sorted_text = canonical(again)  # keys that were numbers are in another order as texts
+    if not isinstance(again, dict) or len(sorted_text) != len(text):
+        raise NotCanonical("cannot be written to the ledger: two keys are the same text")
+    return sorted_text, again
 
 
 def written_entry(

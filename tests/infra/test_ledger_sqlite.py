@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from infra.ledger_sql import SqlLedger
+from infra.ledger_sql import SqlLedger, line_of
 from policies import audit
 from policies.events import Ordered
 from tasks.ports import BadInput, PortError
@@ -179,3 +179,111 @@ def test_a_full_disk_is_a_port_error_and_the_entry_is_not_there(ledger: SqlLedge
         ledger.append("r1", 2, NOW, "t", "noted", {"filler": "x" * 100_000})
     assert [entry.sequence for entry in ledger.read("r1")] == [1]
     assert ledger.append("r1", 2, NOW, "t", "noted", {}).sequence == 2
+
+
+# ---------------------------------------------------------------- edits of what is stored
+
+
+def stored(path: Path) -> sqlite3.Connection:
+    """The database without its triggers: what somebody with the file in hand can do."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        connection.execute(f"DROP TRIGGER {name}")
+    return connection
+
+
+COLUMNS = ("number", "rollout", "sequence", "at", "actor", "kind", "body", "previous_hash", "hash")
+
+
+def edits_of(value: object) -> Iterator[object]:
+    """Each bit of each byte of a text; each neighbour and each digit of a number."""
+    if isinstance(value, str):
+        raw = value.encode()
+        for offset, byte in enumerate(raw):
+            for bit in range(8):
+                yield (raw[:offset] + bytes([byte ^ (1 << bit)]) + raw[offset + 1 :]).decode("latin-1")
+            yield (raw[:offset] + raw[offset + 1 :]).decode()
+            yield (raw[:offset] + b" " + raw[offset:]).decode()
+    elif isinstance(value, int):
+        yield from (value + step for step in (-1, 1, 10, 100, 2**20) if value + step != value)
+    else:
+        assert isinstance(value, float)
+        yield from (value + 2**-20, value - 1, -value)
+
+
+def test_every_edit_of_every_stored_value_is_detected(ledger: SqlLedger, path: Path) -> None:
+    for sequence in (1, 2, 3):
+        ledger.append("r1", sequence, NOW + sequence, "t/1", "noted", {"n": sequence, "é": [None, 0.5]})
+    head = ledger.head()
+    connection = stored(path)
+    tried = 0
+    for place in (1, 3):
+        for column in COLUMNS:
+            (value,) = connection.execute(
+                f"SELECT {column} FROM lockgate_entries WHERE number = ?", (place,)
+            ).fetchone()
+            for edited in edits_of(value):
+                tried += 1
+                connection.execute("BEGIN")
+                try:
+                    connection.execute(f"UPDATE lockgate_entries SET {column} = ? WHERE number = ?", (edited, place))
+                except sqlite3.IntegrityError:
+                    connection.execute("ROLLBACK")  # the place of another entry
+                    continue
+                rows = connection.execute(
+                    f"SELECT {', '.join(COLUMNS)} FROM lockgate_entries ORDER BY number"
+                ).fetchall()
+                connection.execute("ROLLBACK")
+                assert audit.verify((line_of(*row) for row in rows), head).breach is not None, (column, value, edited)
+    assert tried > 3000
+    assert audit.verify(ledger.lines(), head).breach is None
+    connection.close()
+
+
+def test_every_deletion_swap_and_truncation_of_stored_entries_is_detected(ledger: SqlLedger, path: Path) -> None:
+    """The cut at the end against the head that was known before; the first entry that does not fit is named."""
+    for sequence in range(1, 6):
+        ledger.append("r1", sequence, NOW + sequence, "t", "noted", {"n": sequence})
+    head = ledger.head()
+    connection = stored(path)
+    before = path.with_suffix(".copy")
+    for place in range(1, 6):
+        backup = sqlite3.connect(before)
+        connection.backup(backup)
+        backup.execute("DELETE FROM lockgate_entries WHERE number = ?", (place,))
+        backup.commit()
+        backup.close()
+        cut = SqlLedger(f"sqlite:///{before}")
+        found = audit.verify(cut.lines(), head)
+        assert found.breach is not None
+        assert found.breach.number == place
+        cut.close()
+    for one in range(1, 6):
+        for other in range(one + 1, 6):
+            backup = sqlite3.connect(before)
+            connection.backup(backup)
+            for old, new in ((one, -1), (other, one), (-1, other)):
+                backup.execute("UPDATE lockgate_entries SET number = ? WHERE number = ?", (new, old))
+            backup.commit()
+            backup.close()
+            swapped = SqlLedger(f"sqlite:///{before}")
+            found = audit.verify(swapped.lines(), head)
+            assert found.breach is not None
+            assert found.breach.number == one
+            swapped.close()
+    connection.close()
+
+
+def test_a_damaged_entry_can_still_be_looked_at_and_the_ledger_goes_on(ledger: SqlLedger, path: Path) -> None:
+    """Nothing that reaches for a rollback can be blocked: damage is told, it does not stop the other rollouts."""
+    ledger.append("r1", 1, NOW, "t", "noted", {"n": 1})
+    ledger.append("r2", 1, NOW, "t", "noted", {"n": 1})
+    connection = stored(path)
+    connection.execute("UPDATE lockgate_entries SET body = '{\"n\":1' WHERE number = 1")
+    connection.close()
+    with pytest.raises(PortError, match="entry 1 of the ledger was damaged"):
+        ledger.read("r1")
+    assert ledger.append("r2", 2, NOW, "t", "noted", {}).number == 3
+    found = audit.verify(ledger.lines())
+    assert found.breach is not None
+    assert found.breach.number == 1

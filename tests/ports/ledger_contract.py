@@ -101,14 +101,14 @@ class LedgerContract:
         assert bounds == {"high": math.inf, "low": -math.inf}
 
     def test_what_append_returns_is_what_is_read(self, ledger: Ledger) -> None:
-        """Tuples come back as lists and enums as texts: from both, so that no caller sees two forms."""
-        made = ledger.append("r1", 1, 5, "t", "noted", {"shape": (1, 2), "verdict": Verdict.FAIL})
-        assert made.body == {"shape": [1, 2], "verdict": "fail"}
+        """Tuples come back as lists, enums and keys as texts: from both, so that no caller sees two forms."""
+        made = ledger.append("r1", 1, 5, "t", "noted", {"shape": (1, 2), "verdict": Verdict.FAIL, "n": {9: 1, 10: 2}})
+        assert made.body == {"shape": [1, 2], "verdict": "fail", "n": {"9": 1, "10": 2}}
         assert type(made.at) is float
         assert ledger.read("r1") == [made]
 
     def test_a_body_that_could_not_be_read_as_written_is_refused_and_nothing_is_written(self, ledger: Ledger) -> None:
-        for body in ({"when": object()}, {"set": {1}}, {"keys": {2: "b", 10: "a"}}, {"bytes": b"x"}):
+        for body in ({"when": object()}, {"set": {1}}, {"keys": {2: "b", "2": "a"}}, {"bytes": b"x"}):
             with pytest.raises(BadInput, match="r1"):
                 ledger.append("r1", 1, NOW, "t", "noted", body)
         for at, actor, kind in ((math.nan, "t", "noted"), (NOW, "a\nb", "noted"), (NOW, "t", "\0"), (NOW, "", "noted")):
