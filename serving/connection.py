@@ -118,6 +118,7 @@ class Connection(asyncio.Protocol):
         self._host.held -= self._held
         self._held = 0
         self._transport = None
+        self._parser = None  # it points back here: without the circle, memory is free at once
         self._closing = True
         self._waiting.clear()
 
