@@ -29,6 +29,7 @@ from tasks.ports import BadInput, Entry, NotThere, PortError, Quarantine, Refuse
 
 _WAIT_S = 10.0
 _STATEMENT_S = 60.0
+_IDLE_S = 10.0  # longer than an append ever thinks between two statements
 _PAGE = 1000  # entries read at a time when all are read
 _TRIES = 20
 _LOCK = 0x10C4_6A7E  # of the ledger, among PostgreSQL's advisory locks
@@ -364,7 +365,7 @@ def _prepare_postgresql(connection: DBAPIConnection, _record: Any) -> None:
         f"SET lock_timeout = {int(1000 * _WAIT_S)}",
         f"SET statement_timeout = {int(1000 * _STATEMENT_S)}",
         # A controller that is stopped in the middle of an append must not keep all others from writing.
-        f"SET idle_in_transaction_session_timeout = {int(1000 * _WAIT_S)}",
+        f"SET idle_in_transaction_session_timeout = {int(1000 * _IDLE_S)}",
         "SET default_transaction_isolation = 'read committed'",
     )
     for setting in settings:
