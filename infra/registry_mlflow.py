@@ -10,13 +10,11 @@ What a version is made of:
 A version that somebody else registered is adopted when it is first asked for: its bytes are read, digested and kept in
 a run of our own, and the tags are set. The version is created last and with its tags, so that none is ever half there.
 
-Nothing is told to MLflow's makers. Every call is bounded in time; what MLflow, requests or the disk raise is mapped:
-not there -> NotThere, not allowed -> Refused, not acceptable -> BadInput, anything else -> PortError.
+Nothing is told to MLflow's makers. Every call is bounded in time; what goes wrong is mapped by `errors_mlflow`.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -25,12 +23,12 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from infra import rows
+from infra import errors_mlflow, rows
 from infra.inspector_onnx import OnnxInspector, single_file
 from infra.model_mlflow import onnx_within, save_model
 from tasks.ports import (
@@ -39,7 +37,6 @@ from tasks.ports import (
     Inspector,
     ModelVersion,
     NotThere,
-    PortError,
     Refused,
     Signature,
     Submission,
@@ -57,6 +54,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "120",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is the command line's
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _VERSION_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))$")
@@ -333,58 +331,12 @@ class MlflowRegistry:
         with tempfile.TemporaryDirectory(dir=self._cache) as folder:
             yield Path(folder)
 
-    @contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
-        """What MLflow, requests, urllib3 or the disk raise within becomes an error of the port."""
+    def _asking(self, what: str) -> AbstractContextManager[None]:
         _vendor()
-        import requests
-        import urllib3
-        from mlflow.exceptions import MlflowException
-
-        try:
-            yield
-        except PortError:
-            raise
-        except MlflowException as exc:
-            raise self._of_mlflow(exc, what) from exc
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as exc:
-            raise PortError(f"could not {what}: the registry at {self._uri} does not answer: {_short(exc)}") from exc
-        except OSError as exc:
-            raise self._of_disk(exc, what) from exc
-
-    def _of_mlflow(self, exc: Any, what: str) -> PortError:
-        text, code = _short(exc), exc.error_code
-        if "No space left on device" in str(exc) or "[Errno 28]" in str(exc):
-            return PortError(f"could not {what}: no space left, on the registry's disk or in {self._cache}: {text}")
-        if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND") or "404 Client Error" in str(exc):
-            return NotThere(f"could not {what}: {text}")
-        if code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
-            return Refused(f"could not {what}: the registry at {self._uri} does not allow it: {text}")
-        if code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
-            return BadInput(f"could not {what}: {text}")
-        if code == "ENDPOINT_NOT_FOUND":
-            return PortError(f"could not {what}: {self._uri} answers, but not as an MLflow server: {text}")
-        if "API request to" in str(exc):
-            return PortError(f"could not {what}: the registry at {self._uri} does not answer: {text}")
-        return PortError(f"could not {what}: the registry at {self._uri} failed: {text}")
-
-    def _of_disk(self, exc: OSError, what: str) -> PortError:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            return PortError(
-                f"could not {what}: no space left in {self._cache}; free some, or keep the cache elsewhere"
-            )
-        return PortError(f"could not {what}: {exc.strerror or exc}" + (f": {exc.filename}" if exc.filename else ""))
+        return errors_mlflow.asking(what, self._uri, self._cache)
 
 
 # -- values
-
-
-def _short(exc: BaseException) -> str:
-    text = rows.first_line(exc)
-    for _ in range(2):  # "CODE: CODE: text", and the outer layers of urllib3's onion
-        text = re.sub(r"^[A-Z_]+: ", "", text)
-    reason = re.search(r"Caused by \w+\(.*?((?:Failed|Connection|timed out|Read|Max)[^\"')]*)", text)
-    return (reason[1] if reason else text)[:400].rstrip(".")
 
 
 def _check_name(model: str) -> None:

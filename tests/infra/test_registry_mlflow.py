@@ -84,6 +84,13 @@ class TestMlflowRegistry(RegistryContract):
 
         return damage
 
+    def test_standard_output_is_left_to_the_command_line(
+        self, registry: MlflowRegistry, make_model: MakeModel, name: str, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        made = registry.register(Submission(name, str(make_model(1))))
+        registry.record(made, {"a": 1.0})
+        assert capfd.readouterr().out == ""
+
     def test_plain_mlflow_clients_load_the_model_and_find_signature_and_example(
         self, server: str, registry: MlflowRegistry, make_model: MakeModel, name: str
     ) -> None:
