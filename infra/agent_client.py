@@ -49,9 +49,10 @@ class AgentClient:
     def __init__(self, home: Path, timeout_s: float = 30.0) -> None:
         self._home = home
         self._socket = home / "agent.sock"
-        transport = httpx.HTTPTransport(uds=str(self._socket))
+        transport = httpx.HTTPTransport(uds=str(self._socket), limits=httpx.Limits(max_keepalive_connections=0))
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
-        self._http = httpx.Client(transport=transport, base_url="http://agent", timeout=timeout)
+        # No proxy from the environment, no connection kept: the agent may be another one by the next call.
+        self._http = httpx.Client(transport=transport, base_url="http://agent", timeout=timeout, trust_env=False)
 
     def __enter__(self) -> AgentClient:
         return self

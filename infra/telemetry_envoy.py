@@ -16,12 +16,15 @@ The prediction histogram comes from the servers' own `/metrics`. What a server c
 
 from __future__ import annotations
 
+import http.client
 import re
+import socket
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -42,7 +45,7 @@ class EnvoyCounts:
 
     def __init__(self, agent_home: Path) -> None:
         self._agent = AgentClient(agent_home, timeout_s=5.0)
-        self._http = httpx.Client(timeout=TIMEOUT_S)
+        self._http = httpx.Client(timeout=TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
         self._scores: dict[tuple[str, str], _Scores] = {}
 
     def close(self) -> None:
@@ -149,16 +152,24 @@ class _Scores:
 
 def _metrics(endpoint: str) -> str:
     """What a server says of itself; nothing if it does not answer."""
-    unix = endpoint.startswith("unix:")
-    transport = httpx.HTTPTransport(uds=endpoint.removeprefix("unix:")) if unix else None
-    if unix and not Path(endpoint.removeprefix("unix:")).exists():
-        return ""
-    try:
-        with httpx.Client(transport=transport, timeout=TIMEOUT_S) as http:
-            answer = http.get("http://server/metrics" if unix else f"{endpoint}/metrics")
-            return answer.text if answer.is_success else ""
-    except httpx.HTTPError:
-        return ""
+    address = endpoint.removeprefix("unix:") if endpoint.startswith("unix:") else urlsplit(endpoint).netloc
+    made = _UnixConnection if endpoint.startswith("unix:") else http.client.HTTPConnection
+    with closing(made(address, timeout=TIMEOUT_S)) as connection:
+        try:
+            connection.request("GET", "/metrics", headers={"connection": "close"})
+            answer = connection.getresponse()
+            return answer.read().decode() if answer.status == 200 else ""
+        except (OSError, http.client.HTTPException):
+            return ""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket. (An httpx client costs 20 ms to make, and this is done every second.)"""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(TIMEOUT_S)
+        self.sock.connect(self.host)
 
 
 def _histogram(text: str) -> tuple[int, ...]:

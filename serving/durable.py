@@ -39,6 +39,18 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         raise NotDurable(f"could not write {path}: {exc.strerror or exc}") from exc
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Readers of `path` find the old content or `data`, never half of it; not synced, so quick. Raises NotDurable."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise NotDurable(f"could not write {path}: {exc.strerror or exc}") from exc
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -22,13 +22,14 @@ from typing import Any
 import aiohttp
 
 from serving import gateway
-from serving.agent_errors import NotInForce, StartError
-from serving.durable import write_durably
+from serving.agent_errors import AgentError, NotInForce, StartError
+from serving.durable import write_whole
 from serving.processes import Process, last_words, mark, start
 
 IN_FORCE_S_MAX = 3.0
 START_S_MAX = 15.0
 DRAIN_S = 5.0
+DEAF_MAX = 4  # checks in a row without an answer, about 5 s apart
 BACK_OFF_S = 0.1
 BACK_OFF_S_MAX = 5.0
 ACCESS_LOG_BYTES_MAX = 64 * 1024 * 1024
@@ -93,17 +94,32 @@ class Envoy:
     async def begin(self, survivor: Process | None, clusters: _Resources, routes: _Resources) -> None:
         """In service with this configuration when it returns. Raises StartError."""
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))
-        if survivor is None:
+        if survivor is None or not await self._adopt(survivor, clusters, routes):
             check_port(self.settings.host, self.settings.port)
-            self._write("clusters", clusters)
-            self._write("routes", routes)
-            self._start()
-        else:
-            self.process = survivor
-        await self._until_ready()
-        await self.put("clusters", clusters)
-        await self.put("routes", routes)
+            try:
+                self._write("clusters", clusters)
+                self._write("routes", routes)
+                self._start()
+                await self._until_ready()
+                await self.put("clusters", clusters)
+                await self.put("routes", routes)
+            except AgentError as exc:
+                raise StartError(str(exc)) from exc
         self._task = asyncio.create_task(self._keep_running(), name="envoy")
+
+    async def _adopt(self, survivor: Process, clusters: _Resources, routes: _Resources) -> bool:
+        """Goes on with an Envoy that survived the agent. One that does not do as it is told is ended: False."""
+        self.process = survivor
+        try:
+            await self._until_ready()
+            await self.put("clusters", clusters)
+            await self.put("routes", routes)
+        except (StartError, AgentError) as exc:
+            self._tell("gateway-replaced", f"the gateway that was found running is replaced: {exc}")
+            await survivor.stop(DRAIN_S)
+            self.process, self.ready = None, False
+            return False
+        return True
 
     async def put(self, kind: str, resources: _Resources) -> None:
         """The clusters or routes are in force when this returns. Raises NotInForce, NotDurable.
@@ -126,7 +142,7 @@ class Envoy:
 
     def _write(self, kind: str, resources: _Resources) -> None:
         body = json.dumps(gateway.discovery(resources), indent=1).encode()
-        write_durably(self._folder / kind / f"{kind}.json", body)
+        write_whole(self._folder / kind / f"{kind}.json", body)
         self._written[kind] = gateway.content_version(resources)
 
     async def _in_force(self) -> dict[str, str]:
@@ -145,7 +161,7 @@ class Envoy:
             return await answer.text()
 
     def _start(self) -> None:
-        write_durably(self._folder / "bootstrap.json", json.dumps(self._bootstrap, indent=1).encode())
+        write_whole(self._folder / "bootstrap.json", json.dumps(self._bootstrap, indent=1).encode())
         address = self._folder / "admin-address"
         address.unlink(missing_ok=True)
         command = [str(binary()), "-c", str(self._folder / "bootstrap.json"), "--admin-address-path", str(address)]
@@ -198,10 +214,18 @@ class Envoy:
                 self.process = None
 
     async def _until_exit(self, process: Process) -> None:
-        """Returns when it has ended; meanwhile keeps the access log bounded."""
+        """Returns when it has ended; meanwhile keeps the access log bounded.
+
+        One that has been deaf for long is ended: no route could be changed any more, not even back.
+        """
+        deaf = 0
         while not process.exited.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.exited.wait(), 5.0)
+            deaf = 0 if await self._in_force() else deaf + 1
+            if deaf >= DEAF_MAX and not process.exited.is_set():
+                self._tell("gateway-deaf", f"the gateway (pid {process.pid}) does not answer and is killed")
+                await process.stop(0.0)
             if self._access_log_rotated():
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # tried again once it has grown further
                     await self._ask("POST", "/reopen_logs")

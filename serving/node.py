@@ -95,9 +95,10 @@ class Agent:
         for spec in specs:
             self._run(spec, found)
         self._end_leases()
-        envoys = found.pop(self._envoy.what, [])
+        envoys = found.get(self._envoy.what, [])
+        envoy = envoys.pop() if envoys else None
         await asyncio.gather(*(process.stop(5.0) for processes in found.values() for process in processes))
-        await self._envoy.begin(envoys[0] if envoys else None, self._clusters(), self._routes())
+        await self._envoy.begin(envoy, self._clusters(), self._routes())
         self._in_force = [held.route for held in self._held.values()]
         self._unapplied = False
         self._tell("agent-started", f"the agent started with {len(specs)} versions, {adopted} processes still running")

@@ -238,3 +238,14 @@ def test_a_disk_that_takes_no_more_gives_no_share_and_cannot_keep_one(agent: Run
         until(lambda: agent.version("2")["state"] == "ready", "version 2 runs again, without a share")
         assert agent.ask_many(50) == {(200, "1"): 50}
     assert only_successes(seen), seen
+
+
+def test_an_envoy_that_cannot_be_asked_any_more_is_replaced_when_the_agent_starts(agent: RunningAgent) -> None:
+    agent.deploy("1")
+    agent.route("1", epoch=1)
+    pid = agent.client.status()["gateway"]["pid"]
+    agent.kill()
+    (agent.home / "envoy" / "admin-address").write_text("127.0.0.1:1")
+    agent.start()
+    assert gone(pid)
+    assert agent.ask_many(5) == {(200, "1"): 5}
