@@ -343,6 +343,7 @@ def _write_report(reference: Columns, current: Columns, path: str) -> str:
 
 def main(descriptor: int) -> None:
     """The worker's life: import first, so that the first question need not wait for it."""
+    os.nice(10)  # a comparison may be late; the requests that it is about may not
     os.dup2(2, 1)  # what a vendor prints is for the log
     with Connection(descriptor) as connection:
         import evidently.legacy.calculations.stattests  # noqa: F401
