@@ -324,7 +324,7 @@ def _sqlite(url: sa.URL) -> sa.Engine:
     if not url.database or url.database == ":memory:":
         raise BadInput("a ledger in memory is lost with its process; name a file: sqlite:///path/ledger.db")
     Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(url, connect_args={"timeout": _WAIT_S})
+    engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": _WAIT_S})
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -347,6 +347,7 @@ def _begin_sqlite(connection: sa.Connection) -> None:
 def _postgresql(url: sa.URL) -> sa.Engine:
     engine = sa.create_engine(
         url,
+        hide_parameters=True,  # evidence has no business in a log
         pool_pre_ping=True,
         connect_args={
             "connect_timeout": int(_WAIT_S),

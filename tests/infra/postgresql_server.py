@@ -29,7 +29,7 @@ def _as_user(folder: Path) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def postgresql(bin_folder: Path) -> Iterator[str]:
+def postgresql(bin_folder: Path, fsync: bool = False) -> Iterator[str]:
     """The URL of a server's superuser in its database `postgres`; the server and its data are gone afterwards."""
     # Not in pytest's folder: only its owner may enter that, and a socket's path may have 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="lockgate-pg-"))
@@ -51,7 +51,7 @@ def postgresql(bin_folder: Path) -> Iterator[str]:
     control = [bin_folder / "pg_ctl", "-D", data, "-w", "-t", "60"]
     try:
         subprocess.run(initdb, check=True, **quiet, **user)  # type: ignore[call-overload]
-        options = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -c fsync=off"
+        options = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -c fsync={'on' if fsync else 'off'}"
         start = [*control, "-l", folder / "log", "-o", options, "start"]
         subprocess.run(start, check=True, **quiet, **user)  # type: ignore[call-overload]
         try:
