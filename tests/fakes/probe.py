@@ -26,18 +26,18 @@ class FakeProbe:
         self.absent: set[str] = set()
 
     def ask(self, endpoint: Endpoint, rows: Path, label: str | None, limit: int) -> Answers:
-        self._there(endpoint)
-        if not rows.is_file():
-            raise BadInput(f"{rows}: no such file")
+        self._there(endpoint, rows)
         predictions = tuple(self.answers.get(endpoint.version, ()))[:limit]
         failures = tuple(f"row {i}: 500 told to fail" for i, value in enumerate(predictions) if math.isnan(value))
         return Answers(predictions, failures)
 
     def race(self, endpoints: Sequence[Endpoint], rows: Path, label: str | None, duration_s: float) -> list[Speed]:
         for endpoint in endpoints:
-            self._there(endpoint)
+            self._there(endpoint, rows)
         return [self.speeds.get(endpoint.version, FAST) for endpoint in endpoints]
 
-    def _there(self, endpoint: Endpoint) -> None:
+    def _there(self, endpoint: Endpoint, rows: Path) -> None:
         if endpoint.version in self.absent:
             raise PortError(f"'{endpoint.model}' version {endpoint.version} at {endpoint.url} is not there")
+        if not rows.is_file():
+            raise BadInput(f"{rows}: no such file")

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from infra.probe_http import HttpProbe
 from tasks.ports import BadInput, Endpoint, PortError
 from tests.infra.onnx_models import logistic, save
+from tests.ports.probe_contract import ProbeContract
 
 ROWS = 300
 
@@ -78,6 +79,20 @@ def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"x.0": x[:, 0], "x.1": x[:, 1], "late": np.zeros(ROWS)}), path)
     return path
+
+
+class TestHttpProbe(ProbeContract):
+    @pytest.fixture
+    def probe(self) -> HttpProbe:
+        return HttpProbe()
+
+    @pytest.fixture
+    def there(self, servers: dict[str, Endpoint]) -> Endpoint:
+        return servers["a"]
+
+    @pytest.fixture
+    def absent(self, tmp_path: Path) -> Endpoint:
+        return Endpoint("m", "9", f"unix:{tmp_path}/nobody.sock")
 
 
 def test_each_row_gets_its_own_prediction_in_the_files_order(servers: dict[str, Endpoint], rows: Path) -> None:

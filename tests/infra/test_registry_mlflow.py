@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,20 @@ class TestMlflowRegistry(RegistryContract):
                 file.write_bytes(b"something else")
 
         return damage
+
+    def test_the_same_bytes_registered_by_several_at_once_are_one_version_in_the_end(
+        self, server: str, make_model: MakeModel, name: str, tmp_path: Path
+    ) -> None:
+        onnx = str(make_model(1))
+
+        def register(number: int) -> ModelVersion:
+            return MlflowRegistry(server, tmp_path / f"cache-{number}").register(Submission(name, onnx))
+
+        with ThreadPoolExecutor(4) as pool:
+            made = list(pool.map(register, range(4)))
+        left = MlflowRegistry(server, tmp_path / "cache").versions(name)
+        assert {version.version for version in made} == {version.version for version in left}
+        assert len(left) == 1
 
     def test_standard_output_is_left_to_the_command_line(
         self, registry: MlflowRegistry, make_model: MakeModel, name: str, capfd: pytest.CaptureFixture[str]
