@@ -1,0 +1,106 @@
+"""The policy file: what is wrong in it is told with its line, the offending value and what would mend it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from policies import policy
+from policies.policy import Policy, PolicyError, parse
+from policies.words import explain
+
+SOUND = """
+policy: flights-cpu
+rollout:
+  stages:
+    - shadow: {share: 1.0, for: 2m}
+    - canary: {weight: 5, for: 5m}
+    - canary: {weight: 25, for: 10m}
+"""
+LIBRARY = Path(policy.__file__).parent / "library"
+
+
+def refused(text: str) -> str:
+    with pytest.raises(PolicyError) as caught:
+        parse(text, "p.yaml")
+    return str(caught.value)
+
+
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known_one() -> None:
+    told = refused(SOUND.replace("weight: 25", "wieght: 25"))
+    assert "line 7" in told
+    assert "'rollout.stages.2.canary.wieght'" in told
+    assert "did you mean 'weight'?" in told
+
+
+def test_an_unknown_key_with_nothing_near_lists_what_is_known() -> None:
+    assert "known here: " in refused(SOUND + "zzzzzz: 1\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("weight: 5,", "weight: 0,", "greater than or equal to 1"),
+        ("weight: 5,", "weight: 100,", "less than or equal to 99"),
+        ("for: 2m", "for: 120", "has no unit"),
+        ("for: 2m", "for: soon", "is not a duration"),
+        ("for: 2m", "for: 0s", "greater than 0"),
+        ("share: 1.0", "share: 1.5", "less than or equal to 1"),
+        ("share: 1.0", "share: .nan", "finite"),
+        ("weight: 25", "weight: 5", "must rise from stage to stage"),
+        ("rollout:", "rollout:\n  lease: 1s", "at least twice look_every"),
+        ("rollout:", "rollout:\n  error_budget: 0", "greater than 0"),
+        ("rollout:", "rollout:\n  error_budget: 1.5", "less than 1"),
+        ("policy: flights-cpu", "policy: Flights CPU", "match pattern"),
+    ],
+)
+def test_an_impossible_value_is_told_with_its_line(old: str, new: str, words: str) -> None:
+    told = refused(SOUND.replace(old, new))
+    assert words in told
+    assert "p.yaml, line " in told
+
+
+def test_a_key_given_twice_is_refused_instead_of_silently_keeping_the_last() -> None:
+    assert "line 9: 'policy' is given twice" in refused(SOUND + "\npolicy: other\n")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "policy: [unclosed"])
+def test_what_is_no_mapping_is_refused_in_one_sentence(text: str) -> None:
+    told = refused(text)
+    assert told.startswith("p.yaml: ")
+    assert "\n" not in told
+
+
+def test_shadow_after_canary_is_refused() -> None:
+    assert "shadow stages come before canary" in refused(SOUND + "    - shadow: {share: 1.0, for: 1m}\n")
+
+
+def test_the_same_rules_have_the_same_digest_however_they_are_written() -> None:
+    other = SOUND.replace("2m", "120s").replace("{weight: 5, for: 5m}", "{for: 300s, weight: 5}")
+    assert parse(SOUND).digest == parse(other).digest
+    assert parse(SOUND).digest != parse(SOUND.replace("weight: 25", "weight: 26")).digest
+
+
+def test_a_policy_kept_as_json_and_read_again_is_the_same_policy() -> None:
+    kept = json.loads(json.dumps(parse(SOUND).model_dump(mode="json", by_alias=True)))
+    assert Policy.model_validate(kept) == parse(SOUND)
+
+
+def test_the_schema_knows_the_keys_of_the_file_not_of_the_code() -> None:
+    schema = policy.schema()
+    assert {"policy", "validate", "benchmark", "rollout"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+    assert "for" in schema["$defs"]["Canary"]["properties"]
+
+
+@pytest.mark.parametrize("file", sorted(LIBRARY.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_ready_made_policy_is_sound_and_names_files_that_are_there(file: Path) -> None:
+    if file.stem.endswith("expectations"):
+        return
+    found = parse(file.read_text(), file.name)
+    assert found.name == file.stem
+    if found.checks.data:
+        assert (LIBRARY / found.checks.data).is_file()
+    assert len(explain(found)) > 10
