@@ -87,7 +87,8 @@ def of_drift(drift: Drift) -> str:
         if not all(_is_share(share) for share in shares):
             return f"column '{column.column}' has shares or a p-value of {shares}"
         high = column.high
-        if not _is_number(column.statistic) or column.statistic < 0 or not (high is None or _is_number(high)):
+        known = _is_number(column.statistic) and column.statistic >= 0
+        if not known or not (high is None or (_is_number(high) and high >= column.statistic)):
             return f"column '{column.column}' has a distance of {column.statistic!r}, at most {high!r}"
     return ""
 

@@ -86,24 +86,24 @@ def _of(gate: str, reports: tuple[GateReport, ...]) -> Verdict:
     return next(report.verdict for report in reports if report.gate == gate)
 
 
-def case(gate: str, kind: str, draw: random.Random) -> Case:
-    """One case of the kind of fault for the gate."""
+def case(gate: str, kind: str, draw: random.Random, longest: int = 29) -> Case:
+    """One case of the kind of fault for the gate, of `longest` looks at most."""
     if kind == "clock going back":
         back = draw.choice([0.001, 1.0, 3600.0, 1e9])
         return Case(about_to_pass(1), 1, (replace(healthy(41), at=1040.0 - back),))
     if kind in ("source error", "source time-out"):
         source = {"drift": "drift", "disagreement": "pairs"}.get(gate, "counts")
         text = "HTTP 500" if kind == "source error" else f"no answer after {draw.randint(1, 30)} s"
-        looks = tuple(replace(healthy(41 + i), problems={source: text}) for i in range(draw.randint(1, 29)))
+        looks = tuple(replace(healthy(41 + i), problems={source: text}) for i in range(draw.randint(1, longest)))
         if source == "counts" and draw.random() < 0.5:
             looks = tuple(replace(look, stable=None, candidate=None, drift=None, pairs=None) for look in looks)
         return Case(about_to_pass(1), 1, looks)
     if gate in ("errors", "latency"):
-        return _counted(gate, kind, draw)
-    return _compared(gate, kind, draw)
+        return _counted(gate, kind, draw, longest)
+    return _compared(gate, kind, draw, longest)
 
 
-def _counted(gate: str, kind: str, draw: random.Random) -> Case:
+def _counted(gate: str, kind: str, draw: random.Random, longest: int) -> Case:
     state, good = about_to_pass(1), healthy(41)
     arm = draw.choice(["stable", "candidate"])
     was: Counts = getattr(good, arm)
@@ -111,9 +111,9 @@ def _counted(gate: str, kind: str, draw: random.Random) -> Case:
     if kind in ("NaN", "infinite", "negative"):
         return Case(state, 1, (replace(good, **{arm: _spoilt(gate, was, value, draw)}),))
     if kind == "no data":
-        return Case(state, 1, tuple(replace(healthy(41 + i), **{arm: None}) for i in range(draw.randint(1, 5))))
+        return Case(state, 1, tuple(replace(healthy(41 + i), **{arm: None}) for i in range(draw.randint(1, longest))))
     if kind == "stale":
-        return Case(state, 1, tuple(replace(healthy(40), at=1041.0 + i) for i in range(draw.randint(1, 29))))
+        return Case(state, 1, tuple(replace(healthy(40), at=1041.0 + i) for i in range(draw.randint(1, longest))))
     if kind == "empty":
         empty = draw.choice([Counts(0, 0), counts(0), Counts(was.requests, 0, ()), replace(was, latency=(1, 2))])
         return Case(state, 1, (replace(good, **{arm: empty}),))
@@ -126,15 +126,17 @@ def _counted(gate: str, kind: str, draw: random.Random) -> Case:
     if kind == "one arm only":
         # From the start, the other version has never had a request.
         looks = []
-        for tick in range(draw.randint(2, 30)):
+        for tick in range(1 + draw.randint(1, longest)):
             n = tick * draw.randint(1, 1000)
             seen = {arm: counts(n), {"stable": "candidate", "candidate": "stable"}[arm]: counts(0)}
             looks.append(replace(healthy(tick), **seen))
         return Case(gates.begin(POLICY), 1, _growing(looks))
     assert kind == "below the minimum"
     most = draw.randint(1, 19)
+    size = min(20, longest)
     looks = [
-        replace(healthy(tick), stable=counts(1000 * tick), candidate=counts(most * tick // 20)) for tick in range(20)
+        replace(healthy(tick), stable=counts(1000 * tick), candidate=counts(most * tick // size))
+        for tick in range(size)
     ]
     return Case(gates.begin(POLICY), 1, tuple(looks))
 
@@ -152,13 +154,13 @@ def _spoilt(gate: str, was: Counts, value: Any, draw: random.Random) -> Counts:
     return replace(was, latency=(*was.latency[:at], value, *was.latency[at + 1 :]))
 
 
-def _compared(gate: str, kind: str, draw: random.Random) -> Case:
+def _compared(gate: str, kind: str, draw: random.Random, longest: int) -> Case:
     before, state, good = about_to_pass(0), about_to_pass(1), healthy(41)
     name = {"drift": "drift", "disagreement": "pairs"}[gate]
     if kind in ("no data", "stale"):
         # In a new stage, nothing has come yet, or only what was there before.
         old = replace(good, **{name: None if gate == "drift" or kind == "no data" else healthy(40).pairs})
-        return Case(before, 1, tuple(replace(old, at=1041.0 + i) for i in range(draw.randint(1, 29))))
+        return Case(before, 1, tuple(replace(old, at=1041.0 + i) for i in range(draw.randint(1, longest))))
     value: Any = {"NaN": float("nan"), "infinite": draw.choice([1, -1]) * float("inf")}.get(kind, -draw.randint(1, 99))
     if gate == "disagreement":
         n = 200 * 41

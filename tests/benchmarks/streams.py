@@ -6,7 +6,8 @@ Both versions live through the same world: bursts, daily cycles, and outages tha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,16 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Part:
-    """One stage: its seconds, the candidate's share of the live requests, and whether it gets copies instead."""
+    """One stage: its seconds, and the candidate's share of the live requests.
+
+    With `copies` both versions see every request (shadow); with `watch` the candidate answers all of them, and the
+    stable version gets copies of the share that is not `weight`.
+    """
 
     seconds: float
     weight: float
-    copies: bool = False  # shadow: both see every request
+    copies: bool = False
+    watch: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,9 @@ class World:
 
 @dataclass
 class Tick:
-    """What both versions counted in one tick: requests, errors, slow requests."""
+    """What both versions counted in one tick: requests, errors, slow requests. `stage` may be one per rollout."""
 
-    stage: int
+    stage: Any
     at: float
     n_c: Array
     n_s: Array
@@ -49,7 +55,7 @@ class Tick:
     k_s: Array
     slow_c: Array
     slow_s: Array
-    extra: dict[str, Array] = field(default_factory=dict)
+    copies: bool = False
 
 
 def load(world: World, at: float, generator: np.random.Generator) -> Array:
@@ -73,8 +79,9 @@ def counts(
 ) -> tuple[Array, ...]:
     """One tick's (n_c, n_s, k_c, k_s, slow_c, slow_s)."""
     total = generator.poisson(load(world, at, generator) * tick_s)
-    n_c = total if part.copies else generator.binomial(total, part.weight)
-    n_s = total if part.copies else total - n_c
+    split = generator.binomial(total, part.weight)
+    n_c = total if part.copies or part.watch else split
+    n_s = total if part.copies else total - split
     found = [n_c.astype(float), n_s.astype(float)]
     for own, other in ((world.errors, world.errors_candidate), (world.slow, world.slow_candidate)):
         pair = []
@@ -95,5 +102,5 @@ def ticks(world: World, parts: tuple[Part, ...], tick_s: float, seed: int) -> It
     for stage, part in enumerate(parts):
         for _ in range(max(round(part.seconds / tick_s), 1)):
             down = (start <= at) & (at < end)
-            yield Tick(stage, at, *counts(world, part, tick_s, at, down, generator))
+            yield Tick(stage, at, *counts(world, part, tick_s, at, down, generator), copies=part.copies)
             at += tick_s

@@ -1,0 +1,146 @@
+"""This project's gates on a batch of rollouts: the same functions as in `policies.gates`, with a leading axis."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies import rates, shifts, stats
+from policies.evidence import ColumnDrift, Drift
+from policies.policy import Drifting
+from policies.rates import Rates
+from policies.stats import Margin
+from policies.verdict import Verdict
+from tests.benchmarks.peers import Judge
+from tests.benchmarks.streams import Tick
+
+Array = NDArray[np.float64]
+
+
+def blank(rollouts: int, rungs: int) -> Rates:
+    """`rates.begin`, for so many rollouts."""
+    one = rates.begin(rungs)
+    return Rates(**{f.name: np.tile(np.asarray(getattr(one, f.name), dtype=float), _reps(one, f.name, rollouts))
+                    for f in fields(Rates)})  # fmt: skip
+
+
+def _reps(one: Rates, name: str, rollouts: int) -> tuple[int, ...]:
+    return (rollouts, 1) if np.ndim(getattr(one, name)) else (rollouts,)
+
+
+def enter(known: Rates, moved: NDArray[np.bool_]) -> Rates:
+    """`rates.enter_stage`, for those that moved."""
+    new = rates.enter_stage(known)
+
+    def pick(name: str) -> Array:
+        old, fresh = (np.asarray(getattr(side, name), dtype=float) for side in (known, new))
+        return np.where(moved[:, None] if old.ndim == 2 else moved, fresh, old)
+
+    return Rates(**{f.name: pick(f.name) for f in fields(Rates)})
+
+
+class Lockgate(Judge):
+    """The gates `errors` and `latency`; `gates` share the error budget with them."""
+
+    name = "lockgate"
+
+    def __init__(
+        self, rollouts: int, stages: int, errors: Margin, latency: Margin, budget: float = 0.05, gates: int = 4,
+        cluster: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__(rollouts)
+        self.alpha, self.stages, self.cluster = budget / gates, stages, cluster
+        factors = (*stats.factors(stages - 1), 1.0)
+        self.ladders = [tuple(margin.times(f) for f in factors) for margin in (errors, latency)]
+        self.known = [blank(rollouts, stages), blank(rollouts, stages)]
+        self.stage = np.zeros(rollouts, dtype=int)
+
+    def tick(self, tick: Tick) -> None:
+        """Copies count, too."""
+        self.seen += tick.n_c
+        fresh = self.decide(tick) & ~self.failed
+        self.requests[fresh] = self.seen[fresh]
+        self.failed |= fresh
+
+    def decide(self, tick: Tick) -> NDArray[np.bool_]:
+        stage = np.broadcast_to(np.asarray(tick.stage), self.stage.shape)
+        moved = stage > self.stage
+        self.stage = stage.copy()
+        worse = np.zeros(len(self.failed), dtype=bool)
+        for i, (k_c, k_s) in enumerate(((tick.k_c, tick.k_s), (tick.slow_c, tick.slow_s))):
+            if moved.any():
+                self.known[i] = enter(self.known[i], moved)
+            known = rates.tick(self.known[i], tick.n_c, k_c, tick.n_s, k_s, stage, self.ladders[i], self.cluster)
+            self.known[i] = known
+            alarm = rates.log_worse(known, self.stages) >= -math.log(self.alpha)
+            worse |= alarm & rates.beyond_half(known, self.ladders[i][-1])
+        return worse
+
+    def passes(self) -> NDArray[np.bool_]:
+        """Who could leave the stage."""
+        ready = np.ones(len(self.failed), dtype=bool)
+        for known in self.known:
+            enough = np.minimum(known.stage_n_c, known.stage_n_s) >= 20
+            ready &= enough & (rates.log_no_worse(known, self.stage) >= math.log(20.0))
+        return ready
+
+
+# ---------------------------------------------------------------- drift
+
+
+def wasserstein(first: Array, second: Array) -> float:
+    """Evidently's normed distance; `tests/infra` holds the adapter to the same formula."""
+    grid = np.sort(np.concatenate([first, second]))
+    cdf = [np.searchsorted(np.sort(side), grid[:-1], side="right") / len(side) for side in (first, second)]
+    return float((np.abs(cdf[0] - cdf[1]) * np.diff(grid)).sum() / max(float(np.std(first)), 0.001))
+
+
+def compare(first: Array, second: Array, generator: np.random.Generator, permutations: int = 1999) -> Drift:
+    """What `infra.drift_evidently.compare` does for one column, on all permutations of a batch at once.
+
+    The permuted distances are over the pooled windows' standard deviation instead of the permuted reference's own.
+    """
+    n = len(first)
+    pooled = np.concatenate([first, second])
+    order = np.argsort(pooled, kind="stable")
+    gaps = np.diff(pooled[order])
+    mine = (order < n).astype(float)
+
+    def distances(labels: Array) -> Array:
+        ahead = np.cumsum(labels, axis=-1)[..., :-1]
+        places = np.arange(1, len(pooled))
+        return np.abs(ahead / n - (places - ahead) / len(second)) @ gaps
+
+    seen = float(distances(mine[None, :])[0])
+    larger = done = 0
+    while done < permutations and larger < 10:
+        batch = min(64 if done < 256 else 256, permutations - done)
+        hits = distances(generator.permuted(np.tile(mine, (batch, 1)), axis=1)) >= seen
+        if larger + hits.sum() >= 10:
+            stop = int(np.argmax(np.cumsum(hits) >= 10 - larger)) + 1
+            larger, done = 10, done + stop
+            break
+        larger, done = larger + int(hits.sum()), done + batch
+    chance = larger / done if larger >= 10 else (larger + 1) / (done + 1)
+    spread = [wasserstein(generator.choice(first, n), generator.choice(second, len(second))) for _ in range(12)]
+    statistic = wasserstein(first, second)
+    high = statistic + 2.33 * float(np.std(spread, ddof=1))
+    return Drift(n, len(second), (ColumnDrift("prediction", "wasserstein", statistic, chance, high=high),), chance)
+
+
+def drift_verdicts(
+    gate: Drifting, comparisons: list[tuple[int, float, Drift]], lengths: list[float], alpha: float
+) -> list[Verdict]:
+    """What the drift gate says to (stage, seconds in it, comparison), one after the other."""
+    shift, last, said = shifts.Shift(), 0, []
+    factors = (*stats.factors(len(lengths) - 1), 1.0)
+    for stage, elapsed, seen in comparisons:
+        shift = shifts.enter_stage(shift) if stage > last else shift
+        last = stage
+        scene = shifts.Scene(elapsed, lengths[stage], len(lengths), factors[stage], alpha)
+        shift, report = shifts.look(gate, shift, scene, seen, None)
+        said.append(report.verdict)
+    return said
