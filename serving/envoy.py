@@ -82,6 +82,7 @@ class Envoy:
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._written: dict[str, str] = {}  # kind -> version_info
+        self._confirmed: dict[str, str] = {}  # the same, as the running process has said
         for folder in ("clusters", "routes"):
             (self._folder / folder).mkdir(parents=True, exist_ok=True)
         self._bootstrap = gateway.bootstrap(settings, self._folder)
@@ -118,6 +119,7 @@ class Envoy:
             self._tell("gateway-replaced", f"the gateway that was found running is replaced: {exc}")
             await survivor.stop(DRAIN_S)
             self.process, self.ready = None, False
+            self._confirmed.clear()
             return False
         return True
 
@@ -127,12 +129,15 @@ class Envoy:
         If Envoy is not running the files are kept, and it starts with them.
         """
         version = gateway.content_version(resources)
+        if self._confirmed.get(kind) == version:
+            return
         if self._written.get(kind) != version:
             self._write(kind, resources)
         deadline = time.monotonic() + IN_FORCE_S_MAX
         while True:
             seen = await self._in_force()
             if seen.get(kind) == version:
+                self._confirmed[kind] = version
                 return
             if time.monotonic() > deadline:
                 state = "is not running" if self.process is None else "may have refused them"
@@ -141,6 +146,7 @@ class Envoy:
             await asyncio.sleep(0.001 if seen else 0.05)
 
     def _write(self, kind: str, resources: _Resources) -> None:
+        self._confirmed.pop(kind, None)
         body = json.dumps(gateway.discovery(resources), indent=1).encode()
         write_whole(self._folder / kind / f"{kind}.json", body)
         self._written[kind] = gateway.content_version(resources)
@@ -198,6 +204,7 @@ class Envoy:
                     return
                 failures = 0 if time.monotonic() - began > 10 else failures + 1
                 self.process, self.ready = None, False
+                self._confirmed.clear()
                 self.restarts += 1
                 words = last_words(self._log)
                 self._tell("gateway-ended", f"the gateway ended and is started anew: {words}")

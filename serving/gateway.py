@@ -24,6 +24,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -227,21 +228,22 @@ def _not_served(known: str) -> _Json:
 # --- clusters -------------------------------------------------------------------------------------------------------
 
 
-def cluster_resources(routes: Iterable[Route], backends: Iterable[Backend], settings: GatewaySettings) -> list[_Json]:
-    """The clusters of all deployed versions, and the arms of all routes (the former ones too, while they drain)."""
+def cluster_resources(backends: Iterable[Backend], settings: GatewaySettings) -> list[_Json]:
+    """The clusters of all deployed versions, and an arm for each of them with each as the stable version.
+
+    They do not depend on the routes, so a change of traffic touches only the route table, no statistics begin anew
+    within a rollout, and requests that are under way on a former route find their second attempt.
+    """
     found: dict[str, _Json] = {}
-    deployed: set[tuple[str, str]] = set()
+    versions: dict[str, list[str]] = {}
     for backend in backends:
-        deployed.add((backend.model, backend.version))
+        versions.setdefault(backend.model, []).append(backend.version)
         for role in ("live", "rescue", "shadow"):
             cluster = _cluster(role, backend, settings)
             found[cluster["name"]] = cluster
-    for route in routes:
-        # Both arms, also while one has no share: their statistics must not vanish and begin anew within a rollout.
-        for version in (route.candidate, route.stable):
-            if version is None or (route.model, version) not in deployed:
-                continue
-            arm = _arm(route.model, version, route.stable)
+    for model, deployed in versions.items():
+        for version, stable in product(deployed, deployed):
+            arm = _arm(model, version, stable)
             found[arm["name"]] = arm
     return [found[name] for name in sorted(found)]
 
@@ -312,8 +314,7 @@ def _address(url: str) -> _Json:
     return {"socket_address": {"address": parts.hostname, "port_value": parts.port}}
 
 
-def _arm(model: str, version: str, stable: str | None) -> _Json:
-    second = stable or version
+def _arm(model: str, version: str, stable: str) -> _Json:
     return {
         "@type": _TYPE + "envoy.config.cluster.v3.Cluster",
         "name": arm_name(model, version, stable),
@@ -324,7 +325,7 @@ def _arm(model: str, version: str, stable: str | None) -> _Json:
             "name": "envoy.clusters.aggregate",
             "typed_config": {
                 "@type": _TYPE + "envoy.extensions.clusters.aggregate.v3.ClusterConfig",
-                "clusters": [cluster_name("live", model, version), cluster_name("rescue", model, second)],
+                "clusters": [cluster_name("live", model, version), cluster_name("rescue", model, stable)],
             },
         },
     }

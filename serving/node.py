@@ -66,9 +66,6 @@ class Agent:
         self._lock = asyncio.Lock()
         self._runners: dict[tuple[str, str], VersionRunner] = {}
         self._held: dict[str, routes.Held] = {}
-        self._former: list[
-            tuple[Route, float]
-        ] = []  # routes just left, with the time until when requests may be on them
         self._leaving: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._unapplied = False
         self._in_force: list[Route] = []
@@ -156,7 +153,6 @@ class Agent:
                 raise Conflict(f"version {version} of {model} is in the route; route the traffic elsewhere first")
             self._save([spec for spec in self._specs() if spec != runner.spec])
             del self._runners[model, version]
-            self._former = [(route, until) for route, until in self._former if version not in _in_use(route)]
             try:
                 await self._apply()
             finally:
@@ -201,9 +197,6 @@ class Agent:
                     self._held[model] = before
                 raise
             self._tell("not-durable", f"the route of {model} is in force but not on disk: {exc}", model=model)
-        if before is not None and before.route != held.route:
-            linger = since_boot() + 2 * self.settings.gateway.request_timeout_s
-            self._former.append((before.route, linger))
         await self._apply()
 
     async def renew(self, model: str, epoch: int) -> float | None:
@@ -245,7 +238,7 @@ class Agent:
             await asyncio.sleep(LEASE_CHECK_S)
             try:
                 async with self._lock:
-                    if self._end_leases() or self._unapplied or self._former_over():
+                    if self._end_leases() or self._unapplied:
                         await self._apply_or_suspend()
             except Exception:  # noqa: BLE001 - nothing may end the enforcement of leases; it is logged in full
                 _log.exception("the lease check failed; it goes on")
@@ -303,7 +296,6 @@ class Agent:
                 )
                 continue
             self._held[model] = lost
-            self._former.append((route, since_boot() + 2 * self.settings.gateway.request_timeout_s))
             says = f"the lease of epoch {epoch} for {model} ran out: all traffic goes back to version {route.stable}"
             self._tell("lease-lost", says, model=model, epoch=epoch, candidate=route.candidate)
             ended = self._unapplied = True
@@ -312,17 +304,10 @@ class Agent:
                 self._save(self._specs())
         return ended
 
-    def _former_over(self) -> bool:
-        now = since_boot()
-        kept = [(route, until) for route, until in self._former if until > now]
-        over = len(kept) < len(self._former)
-        self._former = kept
-        return over
-
     # --- the gateway ---
 
     async def _apply(self) -> None:
-        """Clusters first, then the routes that name them; former arms stay until no request can be on them."""
+        """Clusters first, then the routes that name them."""
         self._unapplied = True
         await self._envoy.put("clusters", self._clusters())
         await self._envoy.put("routes", self._routes())
@@ -335,8 +320,7 @@ class Agent:
             gateway.Backend(model, version, tuple(replica.endpoint for replica in runner.replicas))
             for (model, version), runner in self._runners.items()
         ]
-        named = [route for route, _ in self._former] + [held.route for held in self._held.values()]
-        return gateway.cluster_resources(named, backends, self.settings.gateway)
+        return gateway.cluster_resources(backends, self.settings.gateway)
 
     def _routes(self) -> list[dict[str, Any]]:
         return gateway.route_resources([held.route for held in self._held.values()], self.settings.gateway)

@@ -33,7 +33,7 @@ GOLDEN = Path(__file__).with_name("golden")
 def rendered(name: str) -> dict[str, object]:
     route = ROUTES[name]
     return {
-        "clusters": gateway.cluster_resources([route], BACKENDS, SETTINGS),
+        "clusters": gateway.cluster_resources(BACKENDS, SETTINGS),
         "routes": gateway.route_resources([route], SETTINGS),
     }
 
@@ -83,14 +83,19 @@ def test_weights_sum_to_100_and_every_cluster_named_exists(
         weight = 100
     route = Route("flights", stable, candidate, weight=weight, shadow=shadow)
     [table] = gateway.route_resources([route], SETTINGS)
-    names = {cluster["name"] for cluster in gateway.cluster_resources([route], BACKENDS, SETTINGS)}
+    names = {cluster["name"] for cluster in gateway.cluster_resources(BACKENDS, SETTINGS)}
     for entry in table["virtual_hosts"][0]["routes"]:
         if "route" not in entry:
             continue
         clusters = entry["route"]["weighted_clusters"]["clusters"]
         assert sum(cluster["weight"] for cluster in clusters) == 100
         mirrors = [mirror["cluster"] for mirror in entry["route"].get("request_mirror_policies", [])]
-        assert {cluster["name"] for cluster in clusters} | set(mirrors) <= names | {"shadow/flights/none"}
+        assert {cluster["name"] for cluster in clusters} | set(mirrors) <= names
+
+
+def test_a_change_of_traffic_leaves_the_clusters_as_they_are() -> None:
+    """So that nothing is counted anew, and no connection is made anew, because of a change of weights."""
+    assert len({json.dumps(rendered(name)["clusters"]) for name in ROUTES}) == 1
 
 
 def test_the_candidate_comes_first_which_makes_the_split_monotone() -> None:
@@ -124,4 +129,4 @@ def test_the_version_of_a_content_changes_with_it_and_only_with_it() -> None:
 @pytest.mark.parametrize("url", ["tcp://x:1", "http://host", "run/1.sock", ""])
 def test_an_address_that_is_none_is_named(url: str) -> None:
     with pytest.raises(ValueError, match="is no endpoint; write unix:/path or http://host:port"):
-        gateway.cluster_resources([], [gateway.Backend("m", "1", (url,))], SETTINGS)
+        gateway.cluster_resources([gateway.Backend("m", "1", (url,))], SETTINGS)
