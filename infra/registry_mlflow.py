@@ -27,6 +27,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from infra import errors_mlflow, rows
 from infra.inspector_onnx import OnnxInspector, single_file
@@ -173,7 +174,8 @@ class MlflowRegistry:
                 self._client.set_model_version_tag(model, version, name, value)
 
     def record(self, version: ModelVersion, metrics: Mapping[str, float], files: Sequence[Path] = ()) -> str:
-        """Metrics and files (under `lockgate/reports`) are kept with the version's run; returns a link to it."""
+        """Metrics and files (under `lockgate/reports`) are kept with the version's run; returns a link to it (to the
+        last of the files, where there are any)."""
         for file in files:
             if not file.is_file():
                 raise BadInput(f"{file}: no such file")
@@ -183,7 +185,8 @@ class MlflowRegistry:
                 self._client.log_artifact(version.run_id, str(file), "lockgate/reports")
             experiment = self._client.get_run(version.run_id).info.experiment_id
         if self._uri.startswith("http"):
-            return f"{self._uri}/#/experiments/{experiment}/runs/{version.run_id}"
+            shown = f"/artifacts/lockgate/reports/{quote(files[-1].name)}" if files else ""
+            return f"{self._uri}/#/experiments/{experiment}/runs/{version.run_id}{shown}"
         return f"runs:/{version.run_id}"
 
     # -- its parts

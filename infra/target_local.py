@@ -76,7 +76,8 @@ class LocalTarget:
             state = self._versions(model).get(deployment.version, {})
             replicas = [each for each in state.get("replicas", ()) if each["ready"]]
             if state.get("state") == "ready" and len(replicas) >= deployment.replicas:
-                return [Endpoint(model, deployment.version, each["endpoint"]) for each in replicas]
+                number = (deployment.prediction_output, deployment.prediction_column)
+                return [Endpoint(model, deployment.version, each["endpoint"], *number) for each in replicas]
             if state.get("state") == "failed":
                 raise Refused(f"{model} v{deployment.version} does not start: {state.get('why') or 'it said nothing'}")
             time.sleep(0.05)

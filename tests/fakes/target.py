@@ -27,7 +27,8 @@ class FakeTarget:
             raise Refused(f"{model} v{deployment.version} runs with other bytes")
         self.versions[model, deployment.version] = deployment.digest
         self.store.add(deployment.digest)
-        return [Endpoint(model, deployment.version, f"unix:/{model}/{i}") for i in range(deployment.replicas)]
+        number = (deployment.prediction_output, deployment.prediction_column)
+        return [Endpoint(model, deployment.version, f"unix:/{model}/{i}", *number) for i in range(deployment.replicas)]
 
     def undeploy(self, model: str, version: str, trial: bool = False) -> None:
         self._up()
