@@ -151,16 +151,37 @@ def _model_entries(route: Route, settings: GatewaySettings) -> list[_Json]:
     action = _action(route, settings)
     header = {"name": MODEL_HEADER, "string_match": {"exact": route.model}}
     return [
+        *_pinned_entries(route, in_path, settings),
         {"match": {"path_separated_prefix": f"/v2/models/{in_path}"}, **action},
         {"match": {"safe_regex": {"regex": f"/v1/models/{re.escape(in_path)}([/:].*)?"}}, **action},
         {"match": {"path": "/invocations", "headers": [header]}, **action},
     ]
 
 
-def _action(route: Route, settings: GatewaySettings) -> _Json:
-    weighted = [
-        {"name": arm_name(route.model, version, route.stable), "weight": weight} for version, weight in shares(route)
+def _pinned_entries(route: Route, in_path: str, settings: GatewaySettings) -> list[_Json]:
+    """While two versions answer, a path that names a version goes to that one, and to the stable version if it names
+    any other: the split would send it to a server that does not know it."""
+    answering = [version for version, _ in shares(route)]
+    if len(answering) < 2:
+        return []
+    entries: list[_Json] = []
+    for version in answering:
+        pinned = _action(route, settings, version)
+        tail = f"versions/{quote(version, safe='-_.~')}"
+        regex = f"/v1/models/{re.escape(in_path)}/{re.escape(tail)}([/:].*)?"
+        entries.append({"match": {"path_separated_prefix": f"/v2/models/{in_path}/{tail}"}, **pinned})
+        entries.append({"match": {"safe_regex": {"regex": regex}}, **pinned})
+    stable = _action(route, settings, answering[-1])
+    return [
+        *entries,
+        *({"match": {"prefix": f"/{form}/models/{in_path}/versions/"}, **stable} for form in ("v2", "v1")),
     ]
+
+
+def _action(route: Route, settings: GatewaySettings, pinned: str | None = None) -> _Json:
+    """What is done with a model's requests: split as the route says, or all `pinned` to one version."""
+    split = shares(route) if pinned is None else [(pinned, 100)]
+    weighted = [{"name": arm_name(route.model, version, route.stable), "weight": weight} for version, weight in split]
     action: _Json = {
         "weighted_clusters": {"clusters": weighted, "use_hash_policy": True},
         "hash_policy": [
@@ -379,7 +400,7 @@ def _listener(settings: GatewaySettings, folder: PurePath) -> _Json:
         "request_headers_timeout": "10s",
         "drain_timeout": "2s",
         "normalize_path": True,
-        "common_http_protocol_options": {"idle_timeout": "300s", "headers_with_underscores_action": "REJECT_REQUEST"},
+        "common_http_protocol_options": {"idle_timeout": "300s"},
         "http_filters": [
             {
                 # Whole bodies only, bounded: what has been buffered can be sent a second time; beyond it is 413.

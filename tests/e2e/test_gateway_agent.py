@@ -60,6 +60,18 @@ def test_the_three_protocols_reach_the_model_and_other_paths_say_what_is_served(
     )
 
 
+def test_a_path_that_names_a_version_is_not_split(agent: RunningAgent) -> None:
+    """Else a rollout would send it to a server that does not know that version."""
+    agent.deploy("1")
+    agent.deploy("2.0")
+    agent.route("1", "2.0", weight=50, epoch=1)
+    for version in ("1", "2.0"):
+        assert agent.ask_many(15, f"/v2/models/m/versions/{version}/infer") == {(200, version): 15}
+        assert agent.ask_many(15, f"/v1/models/m/versions/{version}:predict") == {(200, version): 15}
+    assert agent.ask_many(15, "/v2/models/m/versions/2x0/infer") == {(200, "1"): 15}
+    assert len(agent.ask_many(40, "/v2/models/m/infer")) == 2
+
+
 def test_a_shadow_gets_copies_and_nobody_notices_what_it_does(agent: RunningAgent) -> None:
     agent.deploy("1")
     agent.deploy("2", mode="hang")
