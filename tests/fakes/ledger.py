@@ -35,6 +35,7 @@ class FakeLedger:
         self.entries: list[Entry] = []
         self._books: dict[str, list[Entry]] = {}
         self._claims: dict[tuple[str, str], str] = {}
+        self._quarantines: list[Entry] = []
         self._settled: set[str] = set()
         self._lock = threading.RLock()
 
@@ -159,6 +160,8 @@ class FakeLedger:
         entry = Entry(number, rollout, sequence, float(at), actor, kind, again, head.hash, own)
         self.entries.append(entry)
         self._books.setdefault(rollout, book).append(entry)
+        if kind in (quarantine.QUARANTINED, quarantine.LIFTED):
+            self._quarantines.append(entry)
         return entry
 
     def _requested(self) -> list[str]:
@@ -183,5 +186,5 @@ class FakeLedger:
             return None
 
     def _standing(self) -> dict[str, Quarantine]:
-        kept = quarantine.standing((entry.at, entry.kind, entry.body) for entry in self.entries)
+        kept = quarantine.standing((entry.at, entry.kind, entry.body) for entry in self._quarantines)
         return {digest: Quarantine(digest, body["reason"], body["rollout"], at) for digest, (at, body) in kept.items()}

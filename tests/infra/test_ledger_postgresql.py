@@ -17,6 +17,7 @@ from tasks.ports import PortError
 from tests.infra.postgresql_server import postgresql, programs
 from tests.ports.ledger_contract import NOW, Connect, LedgerContract
 
+pytestmark = pytest.mark.e2e
 _names = (f"ledger{n}" for n in itertools.count())
 Open = Callable[..., SqlLedger]
 
