@@ -54,7 +54,7 @@ class EvidentlyDrift:
     """Compares windows. Not safe for several threads. `close` ends the worker."""
 
     def __init__(
-        self, permutations: int = 1999, rows_max: int = 3000, wait_s: float = 2.0, timeout_s: float = 60.0
+        self, permutations: int = 1999, rows_max: int = 4000, wait_s: float = 2.0, timeout_s: float = 60.0
     ) -> None:
         """`rows_max` of each window are compared, evenly thinned; one comparison may take `timeout_s` at most."""
         self._permutations = permutations

@@ -121,7 +121,7 @@ def aa(report: Report, scale: float) -> None:
     """Healthy candidates: who is rolled back?"""
     rollouts = max(int(2000 * scale), 50)
     rps = 10 ** np.random.default_rng(7).uniform(0.0, 3.0, rollouts)
-    drifted = drift_alarms(rollouts, 500, seed=21)
+    drifted = drift_alarms(rollouts, 300, seed=21)
     differing, _ = disagreement_alarms(rollouts, 0.05, 0.05, seed=22)
     for name, outages in (("A/A", 0.0), ("A/A with outages of both", 1.0)):
         world = World(rps, outages=outages)
