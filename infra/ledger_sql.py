@@ -75,6 +75,8 @@ class SqlLedger:
 
     def lines(self, after: int = 0) -> Iterator[bytes]:
         table = schema.entries
+        if after == 0:
+            self._sound()
         while True:
             page = sa.select(table).where(table.c.number > after).order_by(table.c.number).limit(_PAGE)
             with self._read() as connection:
@@ -84,6 +86,15 @@ class SqlLedger:
             if len(rows) < _PAGE:
                 return
             after = rows[-1].number
+
+    def _sound(self) -> None:
+        """A damaged index would hide entries from `read` that `lines` still has; only SQLite itself can tell."""
+        if self._engine.dialect.name != "sqlite":
+            return
+        with self._read() as connection:
+            said = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+        if said != "ok":
+            raise PortError(f"the ledger at {self._where} was damaged: {said}; restore it from a backup")
 
     def _insert(
         self,
@@ -263,7 +274,7 @@ class SqlLedger:
         """The database's errors as the port's: whatever it was, another try may help."""
         try:
             yield
-        except sa.exc.SQLAlchemyError as exc:
+        except (sa.exc.SQLAlchemyError, UnicodeDecodeError) as exc:  # the latter: a damaged SQLite file
             said = str(getattr(exc, "orig", None) or exc).strip()
             raise PortError(f"the ledger at {self._where} cannot be used: {said}") from exc
 
