@@ -21,6 +21,8 @@ JSON = b"application/json"
 BINARY = b"application/octet-stream"
 _FLAT = orjson.OPT_SERIALIZE_NUMPY
 _DIMENSION_MAX = 2**40
+_REMEMBERED_MAX = 128  # JSON heads of raw requests and answers: clients send the same one again and again
+_HEAD_MAX = 4096  # bytes; longer ones are not remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,16 @@ def parse(body: bytes | memoryview) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the JSON head of a raw request came to: each input with its shape and its place in the `size` bytes."""
+
+    parts: tuple[tuple[Tensor, tuple[int, ...], int, int], ...]
+    size: int
+    rows: int
+    wanted: Sequence[tuple[int, bool]]
+
+
 class InferenceProtocol:
     """The codec for one model. Made once; holds what does not change from request to request."""
 
@@ -76,6 +88,8 @@ class InferenceProtocol:
         self._outputs = {spec.name: at for at, spec in enumerate(who.signature.outputs)}
         self._names = [spec.name for spec in who.signature.outputs]
         self._datatypes = [spec.datatype.name for spec in who.signature.outputs]
+        self._plans: dict[bytes, _Plan] = {}
+        self._heads: dict[tuple[Any, ...], bytes] = {}
         self._all = [(at, False) for at in range(len(self._names))]
 
     def decode(self, body: bytes, header_length: int | None = None) -> Call:
@@ -83,14 +97,36 @@ class InferenceProtocol:
 
         Raises Malformed or OffContract.
         """
-        raw = memoryview(b"")
         if header_length is None:
-            asked = parse(body)
-        else:
-            if not 0 <= header_length <= len(body):
-                raise Malformed(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
-            whole = memoryview(body)
-            asked, raw = parse(whole[:header_length]), whole[header_length:]
+            return self._decode(parse(body), memoryview(b""))
+        if not 0 <= header_length <= len(body):
+            raise Malformed(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
+        head, raw = body[:header_length], memoryview(body)[header_length:]
+        plan = self._plans.get(head)
+        if plan is not None and len(raw) == plan.size:
+            feeds = {spec.name: from_bytes(spec, shape, raw[start:end]) for spec, shape, start, end in plan.parts}
+            return Call("", feeds, plan.rows, lambda outputs: self._encode("", plan.wanted, outputs))
+        asked = parse(head)
+        call = self._decode(asked, raw)
+        self._remember(head, asked, len(raw), call.rows)
+        return call
+
+    def _remember(self, head: bytes, asked: Mapping[str, Any], size: int, rows: int) -> None:
+        """Keeps what `head` came to, if all its tensors are raw and it has no id: then it will come again."""
+        if "id" in asked or len(head) > _HEAD_MAX:
+            return
+        parts, start = [], 0
+        for tensor in asked["inputs"]:
+            length = _parameters(tensor).get("binary_data_size")
+            if length is None:
+                return
+            parts.append((self._inputs[tensor["name"]], tuple(tensor["shape"]), start, start + length))
+            start += length
+        if len(self._plans) >= _REMEMBERED_MAX:
+            self._plans.clear()
+        self._plans[head] = _Plan(tuple(parts), size, rows, self._wanted(asked))
+
+    def _decode(self, asked: Mapping[str, Any], raw: memoryview) -> Call:
         call_id = asked.get("id", "")
         if type(call_id) is not str:
             raise Malformed(f"'id' must be a string, not {_kind(call_id)}")
@@ -148,6 +184,8 @@ class InferenceProtocol:
         return wanted
 
     def _encode(self, call_id: str, wanted: Sequence[tuple[int, bool]], outputs: list[Array]) -> Reply:
+        if not call_id and all(binary for _, binary in wanted):
+            return self._encode_raw(wanted, outputs)
         answer: dict[str, Any] = {"model_name": self._who.model, "model_version": self._who.version}
         if call_id:
             answer["id"] = call_id
@@ -170,6 +208,28 @@ class InferenceProtocol:
         head = orjson.dumps(answer, option=_FLAT)
         if not raws:
             return Reply(head)
+        return Reply(b"".join((head, *raws)), BINARY, len(head))
+
+    def _encode_raw(self, wanted: Sequence[tuple[int, bool]], outputs: list[Array]) -> Reply:
+        """As `_encode`, for raw tensors only and without an id: the JSON head follows from shapes and sizes."""
+        raws = [to_bytes(outputs[at]) for at, _ in wanted]
+        key = tuple((at, outputs[at].shape, len(raw)) for (at, _), raw in zip(wanted, raws, strict=True))
+        head = self._heads.get(key)
+        if head is None:
+            tensors = [
+                {
+                    "name": self._names[at],
+                    "datatype": self._datatypes[at],
+                    "shape": shape,
+                    "parameters": {"binary_data_size": size},
+                }
+                for at, shape, size in key
+            ]
+            who = {"model_name": self._who.model, "model_version": self._who.version}
+            head = orjson.dumps({**who, "outputs": tensors})
+            if len(self._heads) >= _REMEMBERED_MAX:
+                self._heads.clear()
+            self._heads[key] = head
         return Reply(b"".join((head, *raws)), BINARY, len(head))
 
 

@@ -78,12 +78,10 @@ class Tensor:
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raises OffContract unless `shape` is one that this tensor may have."""
         expected = self.shape
-        fits = len(shape) == len(expected)
-        if fits:
-            for length, wanted in zip(shape, expected, strict=True):
-                if length != wanted and (isinstance(wanted, int) or length < 0):
-                    fits = False
-        if not fits:
+        if len(shape) != len(expected) or any(
+            length != wanted and (isinstance(wanted, int) or length < 0)
+            for length, wanted in zip(shape, expected, strict=True)
+        ):
             raise self.refuse(f"shape {self.wire_shape}", f"shape {list(shape)}")
 
     def check_values(self, values: Array) -> None:

@@ -75,6 +75,24 @@ def test_raw_tensors_in_and_out() -> None:
     assert np.frombuffer(reply.body[reply.header_length :], np.float32).tolist() == [0.5, 0.25]
 
 
+def test_the_same_head_again_means_the_same_and_is_checked_as_before() -> None:
+    """The head of a raw request is remembered; what follows it is not."""
+    codec = InferenceProtocol(ONE)
+    raw_input = {"name": "f", "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": 8}}
+    head = oip(inputs=[raw_input], parameters={"binary_data_output": True})
+    for values in ([1, 2], [3, 4], [5, 6]):
+        call = codec.decode(head + np.array(values, dtype=np.float32).tobytes(), len(head))
+        assert call.feeds["f"].tolist() == [values]
+        assert call.rows == 1
+        reply = call.encode([np.array([values[:1]], dtype=np.float32)])
+        assert reply.header_length is not None
+        assert orjson.loads(reply.body[: reply.header_length])["outputs"][0]["shape"] == [1, 1]
+        assert np.frombuffer(reply.body[reply.header_length :], np.float32).tolist() == values[:1]
+    for wrong in (b"", bytes(7), bytes(9)):
+        with pytest.raises(Refused):
+            codec.decode(head + wrong, len(head))
+
+
 def test_json_and_raw_tensors_mix_in_one_request() -> None:
     raw = b"\x02\x00\x00\x00hi"
     raw_input = {"name": "s", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(raw)}}
