@@ -59,7 +59,8 @@ def configure(settings: Settings | None = None) -> None:
     os.environ["LOCKGATE_HOME"] = str(settings.folder)  # for `connect` within a flow
     os.environ["PREFECT_API_URL"] = settings.prefect_url or f"{addresses.prefect}/api"
     os.environ["PREFECT_HOME"] = str(settings.folder / "prefect")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    # The command says in one sentence what went wrong; Prefect's traceback of it stands in the run's log.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ["MLFLOW_TRACKING_URI"] = settings.mlflow_url or addresses.mlflow
 
 
@@ -126,13 +127,12 @@ def connect(settings: Settings | None = None) -> Ports:
 @lru_cache(maxsize=1)
 def _bound(settings_json: str, _platform: int) -> Ports:
     """One set of adapters a process: some hold a worker process whose vendor takes seconds to import."""
-    from infra.report_html import HtmlReporter
-
     from infra.contract_great_expectations import GreatExpectationsContract
     from infra.drift_evidently import EvidentlyDrift
     from infra.inspector_onnx import OnnxInspector
     from infra.probe_http import HttpProbe
     from infra.registry_mlflow import MlflowRegistry
+    from infra.report_html import HtmlReporter
     from infra.router_envoy import EnvoyRouter
     from infra.rows_arrow import ArrowRows
     from infra.target_local import LocalTarget

@@ -51,12 +51,11 @@ class LiveTelemetry:
     ) -> Drift:
         tables = [self._samples.read(model, version, since, _WINDOW_ROWS) for version in (stable, candidate)]
         names = [name if name in _OWN else f"in.{name}" for name in columns]
-        kept = [*names, "status"]
         for version, table in zip((stable, candidate), tables, strict=True):
             missing = [name for name in names if name not in table.column_names]
             if table.num_rows == 0 or missing:
                 raise NotThere(f"{model} v{version} has no sampled rows with {', '.join(missing or names)} yet")
-        of = f"{model} {stable} {candidate} {since}"
+        of = f"{model} {stable} {candidate} {since}"  # a comparison takes longer than a look: a later one fetches it
         return self._drift.compare(tables[0], tables[1], tuple(names), method, of)
 
     def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:

@@ -1,0 +1,268 @@
+"""A newcomer's own model through the real platform: Prefect, MLflow, Envoy, model servers, started by `lockgate up`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e import toy
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+@dataclass
+class Run:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@dataclass
+class Platform:
+    """A local platform of the tests' own, used through the command line only."""
+
+    home: Path
+    ports: dict[str, int]
+    files: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def lockgate(self, *arguments: object, **env: str) -> Run:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, **self.env, **env},
+            check=False,
+        )
+        return Run(done.returncode, done.stdout, done.stderr)
+
+    def deliver(self, folder: Path, *more: object, policy: Path | None = None, **env: str) -> Run:
+        files = ("--file", folder / "model.onnx", "--validation", folder / "validation.csv")
+        policy = policy or self.files / "toy.yaml"
+        return self.lockgate("deliver", "toy", *files, "--policy", policy, "--json", *more, **env)
+
+    def versions(self) -> int:
+        """How many versions the registry has."""
+        url = f"http://127.0.0.1:{self.ports['MLFLOW']}/api/2.0/mlflow/model-versions/search"
+        return len(httpx.get(url, params={"filter": "name='toy'"}).json().get("model_versions", []))
+
+    def predict(self) -> httpx.Response:
+        rows = {"name": "X", "datatype": "FP32", "shape": [1, 4], "data": [0.1, 0.2, 0.3, 0.4]}
+        url = f"http://127.0.0.1:{self.ports['GATEWAY']}/v2/models/toy/infer"
+        return httpx.post(url, json={"inputs": [rows]}, timeout=10)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    files = tmp_path_factory.mktemp("files")
+    home = tmp_path_factory.mktemp("home")
+    ports = {name: free_port() for name in ("PREFECT", "MLFLOW", "GATEWAY")}
+    (files / "toy.yaml").write_text(toy.POLICY)
+    env = {f"LOCKGATE_{name}_PORT": str(port) for name, port in ports.items()} | {"LOCKGATE_HOME": str(home)}
+    made = Platform(home, ports, files, env)
+    up = made.lockgate("up", "--detach")
+    assert up.code == 0, up.err + up.out
+    yield made
+    assert made.lockgate("down").code == 0
+    left = [line for line in processes() if str(home) in line]
+    assert not left, "nothing may be left behind"
+
+
+def processes() -> list[str]:
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+class Traffic:
+    """Steady requests in a thread; counts what failed."""
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform = platform
+        self.requests, self.failed = 0, 0
+        self.served: set[str] = set()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(3)]
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(10)
+
+    def _work(self) -> None:
+        url = f"http://127.0.0.1:{self.platform.ports['GATEWAY']}/v2/models/toy/infer"
+        rows = {"name": "X", "datatype": "FP32", "shape": [1, 4], "data": [0.1, 0.2, 0.3, 0.4]}
+        with httpx.Client(timeout=10) as client:
+            while not self._stop.is_set():
+                answer = client.post(url, json={"inputs": [rows]})
+                self.requests += 1
+                self.failed += answer.status_code != 200
+                self.served.add(answer.headers.get("x-lockgate-version", ""))
+                time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def first(platform: Platform) -> Path:
+    """The first version, delivered."""
+    folder = toy.make(platform.files / "v1", seed=1)
+    run = platform.deliver(folder, "--expected", folder / "expected.csv")
+    assert run.code == 0, run.err + run.out
+    assert run.json["outcome"] == "promoted"
+    return folder
+
+
+def test_a_first_version_serves_through_the_gateway_and_is_the_champion(platform: Platform, first: Path) -> None:
+    assert platform.predict().status_code == 200
+    seen = platform.lockgate("status", "--json").json["models"]
+    assert [(each["model"], each["champion"], each["traffic"]) for each in seen] == [("toy", "1", "v1 100 %")]
+
+
+def test_a_second_version_climbs_under_live_traffic_without_a_failed_request(platform: Platform, first: Path) -> None:
+    folder = toy.make(platform.files / "v2", seed=2)
+    with Traffic(platform) as traffic:
+        run = platform.deliver(folder, "--expected", folder / "expected.csv", "--reason", "the second")
+    assert run.code == 0, run.err + run.out
+    assert run.json["version"] == "2"
+    assert run.json["candidate_requests"] > 0
+    assert (traffic.failed, traffic.served) == (0, {"1", "2"})
+    assert traffic.requests > 100
+    assert platform.predict().headers["x-lockgate-version"] == "2"
+
+
+def test_prefect_shows_the_run_its_progress_and_the_gates(platform: Platform, first: Path) -> None:
+    api = f"http://127.0.0.1:{platform.ports['PREFECT']}/api"
+    names = {run["name"] for run in httpx.post(f"{api}/flow_runs/filter", json={}).json()}
+    assert "toy v2 → local: promoted" in names
+    kinds = {(each["key"], each["type"]) for each in httpx.post(f"{api}/artifacts/filter", json={}).json()}
+    assert {("toy-progress", "progress"), ("toy-gates", "table"), ("toy-report", "markdown")} <= kinds
+
+
+def test_the_report_is_kept_with_the_versions_run(platform: Platform, first: Path) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"http://127.0.0.1:{platform.ports['MLFLOW']}")
+    version = client.get_model_version_by_alias("toy", "champion")
+    run = version.tags["lockgate.run"]
+    pages = [item.path for item in client.list_artifacts(run, "lockgate/reports") if item.path.endswith(".html")]
+    assert pages
+    assert version.tags["lockgate.outcome"] == "promoted"
+
+
+def test_rollback_brings_the_former_version_back(platform: Platform, first: Path) -> None:
+    run = platform.lockgate("rollback", "toy", "--reason", "complaints", "--json")
+    assert run.code == 0, run.err + run.out
+    assert platform.predict().headers["x-lockgate-version"] == "1"
+    seen = platform.lockgate("status", "--json").json["models"][0]
+    assert (seen["champion"], seen["traffic"]) == ("1", "v1 100 %")
+
+
+@pytest.fixture(scope="module")
+def bad(platform: Platform, first: Path) -> dict[str, Any]:
+    """Arguments that cannot be delivered, by what is wrong with them."""
+    files = platform.files
+    corrupt = files / "corrupt"
+    corrupt.mkdir()
+    (corrupt / "model.onnx").write_bytes((first / "model.onnx").read_bytes()[:-40])
+    other = toy.make(files / "other", columns=("a", "b"))
+    unlabelled = toy.make(files / "unlabelled", seed=5, label="labels")
+    unknown_key = files / "unknown.yaml"
+    unknown_key.write_text(toy.POLICY.replace("margin", "margn"))
+    common = ("--policy", files / "toy.yaml")
+    rows = ("--validation", first / "validation.csv")
+    return {
+        "missing file": (("--file", files / "nowhere.onnx", *common, *rows), "nowhere.onnx"),
+        "corrupt file": (("--file", corrupt / "model.onnx", *common, *rows), "corrupt/model.onnx"),
+        "other signature": (("--file", other / "model.onnx", *common, "--validation", other / "validation.csv"), "'X'"),
+        "unknown version": (("--version", "99", *common, *rows), "99"),
+        "unknown run": (("--source", "runs:/0123456789abcdef0123456789abcdef/model", *common, *rows), "0123456789ab"),
+        "no label": (
+            ("--file", first / "model.onnx", *common, "--validation", unlabelled / "validation.csv"),
+            "labels",
+        ),
+        "unknown key": (("--file", first / "model.onnx", "--policy", unknown_key, *rows), "did you mean 'margin'"),
+        "the champion's bytes": (("--file", first / "model.onnx", *common, *rows), "champion already"),
+        "two sources": (("--file", first / "model.onnx", "--version", "1", *common, *rows), "exactly one"),
+    }
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "missing file",
+        "corrupt file",
+        "other signature",
+        "unknown version",
+        "unknown run",
+        "no label",
+        "unknown key",
+        "the champion's bytes",
+        "two sources",
+    ],
+)
+def test_bad_input_is_one_sentence_exit_code_2_and_changes_nothing(
+    platform: Platform, bad: dict[str, Any], what: str
+) -> None:
+    arguments, word = bad[what]
+    before = (platform.versions(), platform.lockgate("status", "--json").json["models"])
+    run = platform.lockgate("deliver", "toy", *arguments)
+    assert run.code == 2, run.err + run.out
+    assert word in run.err
+    assert "Traceback" not in run.err
+    assert len(run.err.strip().splitlines()) == 1, run.err
+    assert (platform.versions(), platform.lockgate("status", "--json").json["models"]) == before
+
+
+def test_an_unreachable_registry_is_exit_code_3(platform: Platform, first: Path) -> None:
+    folder = toy.make(platform.files / "v9", seed=9)
+    run = platform.deliver(folder, LOCKGATE_MLFLOW_URL="http://127.0.0.1:9")
+    assert run.code == 3, run.err + run.out
+    assert "127.0.0.1:9" in run.err
+    assert "Traceback" not in run.err
+
+
+def test_a_busy_port_is_told_with_the_option_that_mends_it(platform: Platform, tmp_path: Path) -> None:
+    run = platform.lockgate("up", LOCKGATE_HOME=str(tmp_path / "second"))
+    assert run.code == 2
+    assert "--prefect-port" in run.err
+
+
+def test_without_a_platform_the_command_says_how_to_start_one(platform: Platform, tmp_path: Path) -> None:
+    run = platform.lockgate("status", LOCKGATE_HOME=str(tmp_path / "nothing"))
+    assert run.code == 3
+    assert "lockgate up" in run.err
