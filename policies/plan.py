@@ -187,9 +187,9 @@ def _of_rates(
 
     needs = max(_first(shown), gates.REQUESTS_MIN / max(min(1.0, flow.stable / max(flow.candidate, 1e-9)), 1e-9))
     needs_s = flow.burn_s + needs / flow.candidate if flow.candidate > 0 else math.inf
-    seen = flows[: index + 1]
+    seen, every = flows[: index + 1], policy.rollout.look_every
     worst = 1.0 - rate
-    visible = _least(lambda d: d < worst and _sees(seen, rate, d, gates.alpha(policy), gate.cluster))
+    visible = _least(lambda d: d < worst and _sees(seen, rate, d, gates.alpha(policy), gate.cluster, every))
     half = float(ladder[-1].times(0.5).beyond(rate)) - rate
     threshold = float(margin.beyond(rate)) - rate
     return GatePlan(name, threshold, needs, needs_s, None if visible is None else max(visible, half))
@@ -209,8 +209,9 @@ def _gain(rate: float, flow: _Flow, margin: Margin) -> tuple[float, float]:
     return mean, variance
 
 
-def _sees(flows: tuple[_Flow, ...], rate: float, worse: float, alpha: float, cluster: int) -> bool:
+def _sees(flows: tuple[_Flow, ...], rate: float, worse: float, alpha: float, cluster: int, every_s: float) -> bool:
     """Whether a candidate that fails by `worse` more is called worse with 95 % chance by the end of the flows."""
+    looks = max(sum(flow.counted_s for flow in flows) / every_s, 1.0)
     needed = -math.log(alpha) + math.log(2.0)
     best = -math.inf
     for ratio in stats.ALARM_RATIOS:
@@ -223,7 +224,8 @@ def _sees(flows: tuple[_Flow, ...], rate: float, worse: float, alpha: float, clu
             for events, each in ((c * (rate + worse), math.log(ratio) + both), (s * rate, both)):
                 mean += events * each / cluster
                 variance += events * each**2 / cluster
-        best = max(best, mean - _Z * math.sqrt(variance))
+        peak = max(2.0 * mean / looks - rates.ONE_LOOK, 0.0)  # what the most telling look adds, and does not count
+        best = max(best, mean - _Z * math.sqrt(variance) - peak)
     return best - math.log(len(stats.ALARM_RATIOS)) >= needed
 
 

@@ -17,6 +17,7 @@ from policies.stats import Margin
 
 CONFIDENCE = 0.95  # of "no worse than the margin"
 _PRIOR_N, _PRIOR_K = 50.0, 0.25  # what is believed of the common rate before the first request: half a percent
+ONE_LOOK = 1.0  # the most that the most telling tick may add to a log score for "worse"
 _MEMORY = 1000.0  # requests that the running guess of the common rate remembers, but five ticks at least
 
 
@@ -25,14 +26,17 @@ class Rates:
     """The comparison so far. `*_c` belongs to the candidate, `*_s` to the stable version.
 
     `n_*`, `k_*`: requests and events since the start; `stage_*` since the stage began. `alarm*`: log scores for "the
-    candidate is worse", one per ratio; `banked` the sum of the ended stages' scores. `passed*`: log scores for
-    "no worse than the stage's margin", one per stage. `recent_*`: the running guess of the common rate.
+    candidate is worse", one per ratio; `peak*` the most that a single tick added to each; `banked` the sum of the ended
+    stages' scores. `passed*`: log scores for "no worse than the stage's margin", one per stage. `recent_*`: the running
+    guess of the common rate.
     `squares`, `variance`: how clustered the events are.
     """
 
     alarm: Any
     passed: Any
     alarm_stage: Any
+    peak: Any
+    peak_stage: Any
     passed_stage: Any = 0.0
     banked: Any = 0.0
     n_c: Any = 0.0
@@ -52,15 +56,16 @@ class Rates:
 def begin(rungs: int) -> Rates:
     """Nothing is known yet; `rungs` stages will ask, the watch included."""
     zeros = (0.0,) * len(stats.ALARM_RATIOS)
-    return Rates(alarm=zeros, alarm_stage=zeros, passed=(0.0,) * rungs)
+    return Rates(alarm=zeros, alarm_stage=zeros, peak=zeros, peak_stage=zeros, passed=(0.0,) * rungs)
 
 
 def enter_stage(rates: Rates) -> Rates:
     """A new stage begins. Nothing is forgotten; a second set of scores starts at 1, for what begins to go wrong now."""
     return replace(
         rates,
-        banked=rates.banked + np.exp(np.minimum(stats.log_mean_exp(rates.alarm_stage), 600.0)),
+        banked=rates.banked + _own_score(rates),
         alarm_stage=np.zeros_like(np.asarray(rates.alarm_stage)),
+        peak_stage=np.zeros_like(np.asarray(rates.peak_stage)),
         passed_stage=np.zeros_like(np.asarray(rates.passed_stage)),
         stage_n_c=0.0, stage_k_c=0.0, stage_n_s=0.0, stage_k_s=0.0,
     )  # fmt: skip
@@ -88,6 +93,8 @@ def tick(
         rates,
         alarm=np.asarray(rates.alarm) + alarm,
         alarm_stage=np.asarray(rates.alarm_stage) + alarm,
+        peak=np.maximum(rates.peak, alarm),
+        peak_stage=np.maximum(rates.peak_stage, alarm),
         passed=np.asarray(rates.passed) + passed,
         passed_stage=np.asarray(rates.passed_stage) + _of_stage(passed, stage),
         n_c=rates.n_c + n_c, k_c=rates.k_c + k_c, n_s=rates.n_s + n_s, k_s=rates.k_s + k_s,
@@ -119,11 +126,23 @@ def _spread(rates: Rates, n_c: Any, k_c: Any, n_s: Any, k_s: Any) -> tuple[Any, 
 
 def log_worse(rates: Rates, stages: int) -> Any:
     """The log score for "the candidate is worse", an average: half on the whole rollout, half on its `stages`, each
-    with a score of its own that starts at 1."""
-    current = np.exp(np.minimum(stats.log_mean_exp(rates.alarm_stage), 600.0))
-    own = np.log(np.maximum(np.asarray(rates.banked) + current, 1e-300))
-    ended_or_to_come = np.log(float(stages))
-    return np.logaddexp(stats.log_mean_exp(rates.alarm), own - ended_or_to_come) - np.log(2.0)
+    with a score of its own that starts at 1.
+
+    Of the tick that says the most, no more than `ONE_LOOK` counts, which only lowers the score: what a single look
+    shows may be one cause (a retrying client, a burst), and is not believed until another look says the same.
+    """
+    own = np.log(np.maximum(np.asarray(rates.banked) + _own_score(rates), 1e-300)) - np.log(float(stages))
+    whole = stats.log_mean_exp(_without_peak(rates.alarm, rates.peak))
+    return np.logaddexp(whole, own) - np.log(2.0)
+
+
+def _own_score(rates: Rates) -> Any:
+    """The score of this stage alone, kept within what a number can hold."""
+    return np.exp(np.minimum(stats.log_mean_exp(_without_peak(rates.alarm_stage, rates.peak_stage)), 600.0))
+
+
+def _without_peak(scores: Any, peak: Any) -> Any:
+    return np.asarray(scores) - np.maximum(np.asarray(peak) - ONE_LOOK, 0.0)
 
 
 def log_no_worse(rates: Rates, stage: Any) -> Any:

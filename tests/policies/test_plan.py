@@ -10,6 +10,7 @@ import pytest
 from policies import gates, rates
 from policies.plan import duration, plan
 from policies.policy import Policy, parse
+from tests.benchmarks.judges import blank
 
 POLICY = """
 policy: planned
@@ -32,9 +33,7 @@ def passed_within(asked: Policy, rps: float, rate: float, seconds: float, rollou
     """The share of rollouts of a good version whose canary stage is ready to pass after so many seconds of it."""
     generator = np.random.default_rng(11)
     ladder = gates.margins(asked, asked.rollout.gates.errors)  # type: ignore[arg-type]
-    width = (rollouts, 1)
-    blank = rates.begin(len(ladder))
-    known = rates.Rates(*(np.tile(value, width) for value in (blank.alarm, blank.passed, blank.alarm_stage)))
+    known = blank(rollouts, len(ladder))
     for stage, length, weight in ((0, 60, None), (1, math.ceil(seconds), 0.2)):
         known = rates.enter_stage(known) if stage else known
         for _ in range(length):
@@ -87,8 +86,7 @@ def test_a_planned_regression_is_seen_with_the_power_that_the_plan_says() -> Non
     assert visible is not None
     generator, rollouts = np.random.default_rng(4), 150
     ladder = gates.margins(asked, asked.rollout.gates.errors)  # type: ignore[arg-type]
-    blank = rates.begin(len(ladder))
-    known = rates.Rates(*(np.tile(value, (rollouts, 1)) for value in (blank.alarm, blank.passed, blank.alarm_stage)))
+    known = blank(rollouts, len(ladder))
     caught = np.zeros(rollouts, bool)
     for stage, length, share_c, share_s in ((0, 60, 1.0, 1.0), (1, 300, 0.2, 0.8)):
         known = rates.enter_stage(known) if stage else known
