@@ -168,8 +168,8 @@ def fold(events: Iterable[Event]) -> Rollout | None:
 
 
 def due(state: Rollout) -> float | None:
-    """When time alone changes the state (POSIX seconds); None once it has ended."""
-    if state.ended:
+    """When time alone changes the state (POSIX seconds); None once it has ended and waits for nothing."""
+    if state.ended and not state.pending:
         return None
     limits = state.terms
     if state.phase is Phase.PENDING:
@@ -178,11 +178,15 @@ def due(state: Rollout) -> float | None:
         return state.since + limits.effect_s
     if state.paused_at is not None:
         return state.paused_at + limits.pause_max_s
-    length = limits.watch_s if state.phase is Phase.WATCHING else state.stop.length_s
-    exhausted = state.since + length + limits.patience_s
+    exhausted = state.since + _length(state) + limits.patience_s
     if state.blind_since is not None:
         return max(exhausted, state.blind_since + limits.grace_s)
     return exhausted
+
+
+def _length(state: Rollout) -> float:
+    """The least time in seconds that the stage, or the watch, takes."""
+    return state.terms.watch_s if state.phase is Phase.WATCHING else state.stop.length_s
 
 
 # ---------------------------------------------------------------- moves
@@ -236,7 +240,10 @@ def _refuse(state: Rollout, event: Event, reason: str, unfinished: bool = False)
 def _roll_back(state: Rollout, event: Event, reason: str, guilty: bool, unfinished: bool = False) -> Rollout:
     """Traffic first, everything else after it. `guilty`: the evidence is against the bytes."""
     route = Effect(Do.ROUTE, event.number, version=state.stable)
-    outbox = _post(state, Effect(Do.QUARANTINE, event.number, text=reason)) if guilty else state.outbox
+    # An alias still on its way to the candidate must not arrive any more.
+    outbox = tuple(effect for effect in state.outbox if effect.do is not Do.ALIAS)
+    if guilty:
+        outbox = (*outbox, Effect(Do.QUARANTINE, event.number, text=reason))
     return _move(
         state, event, Phase.ROLLING_BACK,
         pending=(route,), epoch=event.number, reason=reason, outbox=outbox, unfinished=unfinished,
@@ -249,15 +256,14 @@ def _rolled_back(state: Rollout, event: Event) -> Rollout:
         Effect(Do.UNDEPLOY, event.number, version=state.candidate),
         Effect(Do.TELL, event.number, text=state.reason),
     )
-    # An alias still on its way to the candidate must not arrive after the one that takes it back.
-    waiting = tuple(effect for effect in state.outbox if effect.do is not Do.ALIAS)
-    return _move(state, event, Phase.ROLLED_BACK, outbox=(*waiting, *restore, *after))
+    return _move(state, event, Phase.ROLLED_BACK, outbox=_post(state, *restore, *after))
 
 
 def _halt(state: Rollout, event: Event, reason: str) -> Rollout:
     page = Effect(Do.PAGE, event.number, text=reason)
     tell = Effect(Do.TELL, event.number, text=reason)
-    return _move(state, event, Phase.HALTED, reason=reason, unfinished=True, outbox=_post(state, page, tell))
+    waiting = tuple(effect for effect in state.outbox if effect.do is not Do.ALIAS)  # a person decides who is champion
+    return _move(state, event, Phase.HALTED, reason=reason, unfinished=True, outbox=(*waiting, page, tell))
 
 
 # ---------------------------------------------------------------- handlers
@@ -330,13 +336,16 @@ def _on_looked(state: Rollout, event: Event) -> Rollout:
     blind = None
     if event.verdict is Verdict.ERROR:
         blind = event.at if state.blind_since is None else state.blind_since
+    if blind is None and state.blind_since is not None:
+        # Time in which nobody could look is no patience spent, as far as the source's grace goes.
+        excused = min(max(event.at - max(state.blind_since, state.since), 0.0), state.terms.grace_s)
+        state = replace(state, since=state.since + excused)
     state = replace(state, verdict=event.verdict, blind_since=blind)
     if not state.in_force or state.paused_at is not None:
         return state
-    watching = state.phase is Phase.WATCHING
-    length = state.terms.watch_s if watching else state.stop.length_s
-    if event.verdict is Verdict.PASS and event.at >= state.since + length:
-        return _proven(state, event) if watching else _enter_stage(state, event, state.stage + 1)
+    if event.verdict is Verdict.PASS and event.at >= state.since + _length(state):
+        watched = state.phase is Phase.WATCHING
+        return _proven(state, event) if watched else _enter_stage(state, event, state.stage + 1)
     return _on_time(state, event)
 
 
@@ -367,8 +376,10 @@ def _on_ordered(state: Rollout, event: Event) -> Rollout:
     if event.order == "pause" and staged and state.paused_at is None:
         return replace(state, paused_at=event.at, reason=why, moved_by=event.number)
     if event.order == "resume" and state.paused_at is not None:
-        waited = event.at - state.paused_at  # a pause costs the stage none of its time
-        return replace(state, paused_at=None, since=state.since + max(waited, 0.0), reason=why, moved_by=event.number)
+        # A pause costs the stage none of its time, and whoever resumes it gives it its patience anew.
+        waited = max(event.at - max(state.paused_at, state.since), 0.0)
+        since = max(state.since + waited, event.at - _length(state))
+        return replace(state, paused_at=None, since=since, reason=why, moved_by=event.number)
     raise Illegal(state, event)
 
 
@@ -387,7 +398,7 @@ _TABLE: Mapping[Phase, Mapping[type[Event], Handler]] = {
     Phase.CANARY: _STAGED,
     Phase.PROMOTING: {**_TIMED, Ordered: _on_ordered, Lost: _on_lost},
     Phase.WATCHING: _STAGED,
-    Phase.PROMOTED: _EFFECTS,
+    Phase.PROMOTED: _TIMED,
     Phase.ROLLING_BACK: _TIMED,
     Phase.ROLLED_BACK: _EFFECTS,
     Phase.REFUSED: _EFFECTS,
