@@ -23,7 +23,7 @@ _Z = 1.645  # the normal quantile of POWER
 _PASS = -math.log(1.0 - rates.CONFIDENCE) + math.log(2.0) + 0.5
 _ROWS_MAX = 4000.0  # of each version, that the drift detector compares
 # What the drift detector's upper limit stays below in four of five comparisons of equal windows, over sqrt(1/n + 1/m):
-# measured (2.2 to 2.5 in the median, 3.7 to 4.3 in 95 %); a stage has several comparisons.
+# measured (2.8 in the median); a stage has several comparisons.
 _NOISE = 3.3
 
 

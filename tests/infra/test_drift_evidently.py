@@ -14,7 +14,6 @@ import pytest
 from infra.drift_evidently import METHODS, EvidentlyDrift
 from tasks.ports import BadInput, NotThere, PortError
 
-
 pytestmark = pytest.mark.e2e  # each worker takes some ten seconds to import Evidently
 
 
@@ -51,6 +50,16 @@ def test_the_statistic_is_evidentlys_own(detector: EvidentlyDrift) -> None:
     a, b = (table["prediction"].to_numpy() for table in (first, second))
     seen = detector.compare(first, second, ["prediction"], "wasserstein").columns[0].statistic
     assert seen == pytest.approx(wasserstein_distance(a, b) / np.std(a))
+
+
+def test_the_upper_limit_is_rarely_below_the_true_distance(detector: EvidentlyDrift) -> None:
+    """Windows 0.1 standard deviations apart: the limit that a pass is given by must say so."""
+    sd = float(np.sqrt(2 * 6 / (8**2 * 9)))
+    limits = []
+    for seed in range(40):
+        apart = detector.compare(window(800, seed), window(800, 1000 + seed, shift=0.1 * sd), ["prediction"])
+        limits.append(apart.columns[0].high)
+    assert sum(limit is not None and limit < 0.1 for limit in limits) <= 4
 
 
 def test_one_shifted_column_among_several_decides(detector: EvidentlyDrift) -> None:
