@@ -212,7 +212,7 @@ def _finish(home: Path, stage: Stage, json_file: Path | None, out: Console, bega
             f"v{outcome['version']}",
             outcome["outcome"].replace("_", " "),
             f"{outcome['seconds']:.0f}",
-            str(outcome["candidate_requests"]),
+            str(clients["served"].get(outcome["version"], 0)),
             str(outcome["candidate_errors"]),
             outcome["reason"],
         )

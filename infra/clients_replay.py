@@ -8,10 +8,10 @@ way at a time; each waits for its own answer and then takes the next row. Reques
 What has happened so far stands in a small JSON file, replaced at once (renamed) about twice a second and at the end:
 
     {"requests": 4200, "failed": 0, "rps": 199.8, "row": 4201, "rounds": 0, "running": true, "updated": 1700000000.0,
-     "latency_ms": {"p50": 2.1, "p90": 3.4, "p99": 9.1, "max": 40.2},
+     "served": {"1": 4000, "2": 200}, "latency_ms": {"p50": 2.1, "p90": 3.4, "p99": 9.1, "max": 40.2},
      "failures": [{"at": …, "row": 17, "status": 503, "error": "…"}]}
 
-`requests` were answered or failed; `failed` were not answered with status 200; `failures` are the newest 20. A request
+`requests` were answered or failed; `served` by which version, as the gateway says; `failed` were not answered with status 200; `failures` are the newest 20. A request
 that is due while the process is being stopped is not sent; those under way are waited for. Exit code 0 when stopped or
 done, 2 for rows or options that cannot be used.
 """
@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,11 +81,15 @@ class Tally:
     rounds: int = 0
     slowest_ms: float = 0.0
     buckets: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_EDGES_MS) + 1))
+    served: Counter[str] = field(default_factory=Counter)
     failures: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=FAILURES_KEPT))
 
-    def add(self, row: int, latency_ms: float, failure: tuple[int | None, str] | None, at: float) -> None:
+    def add(
+        self, row: int, latency_ms: float, failure: tuple[int | None, str] | None, at: float, version: str = ""
+    ) -> None:
         """One request's end; `failure` is its status (None: there was no answer) and why it does not count as one."""
         self.requests += 1
+        self.served[version] += bool(version)
         self.slowest_ms = max(self.slowest_ms, latency_ms)
         self.buckets[bisect_left(LATENCY_EDGES_MS, latency_ms)] += 1
         if failure is not None:
@@ -112,6 +116,7 @@ class Tally:
             "row": self.row,
             "rounds": self.rounds,
             "running": running,
+            "served": {version: count for version, count in sorted(self.served.items()) if count},
             "updated": at,
             "latency_ms": {**latency, "max": round(self.slowest_ms, 3)},
             "failures": list(self.failures),
@@ -216,8 +221,8 @@ async def _client(
             return
         tally.row = max(tally.row, row) if number < len(bodies) else row
         tally.rounds = 0 if number < len(bodies) else 1
-        failure = await _ask(session, url, bodies(row))
-        tally.add(row, 1000 * (time.monotonic() - due), failure, time.time())
+        version, failure = await _ask(session, url, bodies(row))
+        tally.add(row, 1000 * (time.monotonic() - due), failure, time.time(), version)
 
 
 async def _stopped_before(stop: asyncio.Event, due: float) -> bool:
@@ -230,20 +235,22 @@ async def _stopped_before(stop: asyncio.Event, due: float) -> bool:
     return stop.is_set()
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, body: bytes) -> tuple[int | None, str] | None:
-    """None for an answer with status 200 and outputs, else the status and what was wrong."""
+async def _ask(session: aiohttp.ClientSession, url: str, body: bytes) -> tuple[str, tuple[int | None, str] | None]:
+    """The version that answered, as the gateway says; and, unless that was an answer with status 200 and outputs, the
+    status and what was wrong."""
     import aiohttp
 
     try:
         async with session.post(url, data=body, headers={"content-type": "application/json"}) as response:
             text = await response.read()
+            version = response.headers.get("x-lockgate-version", "")
             if response.status != 200:
-                return response.status, text.decode("utf-8", "replace")
+                return version, (response.status, text.decode("utf-8", "replace"))
             if b'"outputs"' not in text:
-                return response.status, f"an answer without outputs: {text.decode('utf-8', 'replace')}"
-            return None
+                return version, (response.status, f"an answer without outputs: {text.decode('utf-8', 'replace')}")
+            return version, None
     except (aiohttp.ClientError, OSError, TimeoutError) as exc:
-        return None, f"{type(exc).__name__}: {exc}"
+        return "", (None, f"{type(exc).__name__}: {exc}")
 
 
 async def _keep_written(tally: Tally, out: Path, began: float) -> None:
