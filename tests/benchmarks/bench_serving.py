@@ -127,7 +127,9 @@ def started(command: list[str], port: int, folder: Path, log: Path) -> Iterator[
             time.sleep(0.05)
         yield process
     finally:
-        family = [*process.children(recursive=True), process]
+        family = [process]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = [*process.children(recursive=True), process]
         for one in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.terminate()
