@@ -5,10 +5,10 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint install lock clean
+.PHONY: help demo test unit lint simulate install lock clean
 
 help: ## this text
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 demo: install ## a year of an airline's delay model: one good version, two bad ones, live traffic
 	@$(BIN)/lockgate demo $(ARGS)
@@ -23,6 +23,12 @@ lint: install ## ruff, mypy --strict, the import contract
 
 unit: install ## the tests, real servers and the demo among them
 	$(BIN)/pytest $(ARGS)
+
+simulate: install ## the simulation, a million rollouts (ARGS="--rollouts N --seed S" for others)
+	$(BIN)/python -m tests.simulation.run $(or $(ARGS),--rollouts 1000000)
+
+bench-%: install ## bench-gates, bench-ledger, bench-gateway, bench-serving: tables, and JSON in build/benchmarks
+	$(BIN)/python -m tests.benchmarks.bench_$* $(ARGS)
 
 install: .venv/installed ## the virtual environment, from requirements.lock
 

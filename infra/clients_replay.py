@@ -11,9 +11,9 @@ What has happened so far stands in a small JSON file, replaced at once (renamed)
      "served": {"1": 4000, "2": 200}, "latency_ms": {"p50": 2.1, "p90": 3.4, "p99": 9.1, "max": 40.2},
      "failures": [{"at": …, "row": 17, "status": 503, "error": "…"}]}
 
-`requests` were answered or failed; `served` by which version, as the gateway says; `failed` were not answered with status 200; `failures` are the newest 20. A request
-that is due while the process is being stopped is not sent; those under way are waited for. Exit code 0 when stopped or
-done, 2 for rows or options that cannot be used.
+`requests` were answered or failed; `served` by which version, as the gateway says; `failed` were not answered with
+status 200; `failures` are the newest 20. A request that is due while the process is being stopped is not sent; those
+under way are waited for. Exit code 0 when stopped or done, 2 for rows or options that cannot be used.
 """
 
 from __future__ import annotations

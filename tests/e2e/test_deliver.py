@@ -66,9 +66,8 @@ class Platform:
         return len(httpx.get(url, params={"filter": "name='toy'"}).json().get("model_versions", []))
 
     def predict(self) -> httpx.Response:
-        rows = {"name": "X", "datatype": "FP32", "shape": [1, 4], "data": [0.1, 0.2, 0.3, 0.4]}
         url = f"http://127.0.0.1:{self.ports['GATEWAY']}/v2/models/toy/infer"
-        return httpx.post(url, json={"inputs": [rows]}, timeout=10)
+        return httpx.post(url, json={"inputs": [toy.REQUEST]}, timeout=10)
 
 
 def free_port() -> int:
@@ -127,10 +126,9 @@ class Traffic:
 
     def _work(self) -> None:
         url = f"http://127.0.0.1:{self.platform.ports['GATEWAY']}/v2/models/toy/infer"
-        rows = {"name": "X", "datatype": "FP32", "shape": [1, 4], "data": [0.1, 0.2, 0.3, 0.4]}
         with httpx.Client(timeout=10) as client:
             while not self._stop.is_set():
-                answer = client.post(url, json={"inputs": [rows]})
+                answer = client.post(url, json={"inputs": [toy.REQUEST]})
                 self.requests += 1
                 self.failed += answer.status_code != 200
                 self.served.add(answer.headers.get("x-lockgate-version", ""))

@@ -1,7 +1,12 @@
-"""A small model of one's own, as a newcomer has it: scikit-learn, exported to ONNX, with labelled rows in CSV files."""
+"""A small model of one's own, as a newcomer has it: scikit-learn, exported to ONNX, with labelled rows in CSV files.
+
+`python -m tests.e2e.toy FOLDER` writes one, with a policy and a request.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,7 @@ rollout:
   burn_in: 1s
   patience: 60s
 """
+REQUEST = {"name": "X", "datatype": "FP32", "shape": [1, 4], "data": [0.1, 0.2, 0.3, 0.4]}
 COLUMNS = ("age", "income", "visits", "clicks")
 
 
@@ -43,3 +49,10 @@ def make(folder: Path, seed: int = 1, columns: tuple[str, ...] = COLUMNS, label:
 def _write(path: Path, names: tuple[str, ...], rows: np.ndarray) -> None:
     lines = [",".join(names), *(",".join(f"{value:.9g}" for value in row) for row in rows)]
     path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    made = make(Path(sys.argv[1]))
+    (made / "policy.yaml").write_text(POLICY.replace("policy: toy", "policy: mine"))
+    (made / "request.json").write_text(json.dumps({"inputs": [REQUEST]}))
+    print(f"{made}: model.onnx, validation.csv, expected.csv, policy.yaml, request.json")

@@ -1,0 +1,52 @@
+"""The README tells the truth: its commands exist, its policies parse, its files are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import typer.main
+
+from flows.cli import app
+from flows.settings import Settings
+from policies.policy import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> set[str]:
+    group = typer.main.get_command(app)
+    found = set()
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {each}" for each in inner} if inner else {name}
+    return found
+
+
+def test_every_command_that_the_readme_names_exists() -> None:
+    named = set(re.findall(r"lockgate ((?:policy )?[a-z]+)", README))
+    named -= {"takes", "policy"}
+    assert named
+    assert named <= commands() | {"holds"}, named - commands()
+
+
+def test_every_command_has_help_that_says_what_it_does() -> None:
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert command.help, name
+
+
+def test_the_readme_s_policies_are_sound() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        lines = [line.removeprefix("   ") for line in block.splitlines()]
+        parse("\n".join(lines), "README")
+
+
+def test_every_setting_is_in_the_readme_and_every_file_that_it_names_is_there() -> None:
+    for name in Settings.model_fields:
+        assert f"`{name}`" in README, name
+    for path in re.findall(r"`((?:policies|tests|tasks|flows|serving|infra)/[\w/.-]+)`", README):
+        assert (ROOT / path).exists(), path
