@@ -121,6 +121,20 @@ def test_a_candidate_that_fails_or_is_slow_is_called_worse(what: str, gate: str)
     assert report.low <= report.estimate
 
 
+def test_a_candidate_that_always_fails_is_called_worse_though_its_errors_run_ahead() -> None:
+    """An attempt is counted as failed before its request has ended elsewhere: errors lead the requests by a few."""
+    watcher = Watcher(policy()).warm()
+    watcher.candidate.add(0, errors=85)
+    verdicts = [watcher.tick(40, 160, k_c=40) for _ in range(4)]
+    assert watcher.candidate.errors > watcher.candidate.requests
+    assert verdicts[-1] is Verdict.FAIL
+
+
+def test_far_more_errors_than_requests_make_no_sense() -> None:
+    watcher = Watcher(policy()).warm()
+    assert watcher.tick(40, 160, k_c=4000) is Verdict.ERROR
+
+
 def test_an_incident_that_hits_both_versions_is_no_alarm() -> None:
     watcher = Watcher(policy()).warm()
     generator = np.random.default_rng(3)
