@@ -84,9 +84,9 @@ def write_script(path: Path, rows: int, form: str) -> Path:
     return path
 
 
-def wrk(url: str, connections: int, seconds: float, script: Path) -> dict[str, float]:
+def wrk(url: str, connections: int, seconds: int, script: Path) -> dict[str, float]:
     """Requests per second and p50/p99 in ms. Raises RuntimeError when an answer was not 2xx or 3xx."""
-    command = ["taskset", "-c", str(CLIENT_CORE), "wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency"]
+    command = ["taskset", "-c", str(CLIENT_CORE), "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
     done = subprocess.run([*command, "-s", str(script), url], capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in done or "Socket errors" in done:
         raise RuntimeError(f"{url} did not answer every request:\n{done}")
@@ -160,7 +160,7 @@ def ours(model: Path, samples: Path, port: int) -> list[str]:
 # --- the comparisons ------------------------------------------------------------------------------------------------
 
 
-def beside_peer(peer: str, model: Path, folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
+def beside_peer(peer: str, model: Path, folder: Path, rounds: int, seconds: int) -> dict[str, Any]:
     """Ours and the peer in turn, over the cases: rates of each round, and the median of their ratios."""
     form = "inputs" if peer in PATHS else "oip"
     our_port, peer_port = free_port(), free_port()
@@ -227,7 +227,7 @@ print(runs / (time.perf_counter() - start))
 """
 
 
-def beside_runtime(model: Path, folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
+def beside_runtime(model: Path, folder: Path, rounds: int, seconds: int) -> dict[str, Any]:
     """Batch 32 at 64 connections, JSON and raw tensors, beside ONNX Runtime's bare rate; in turn."""
     port = free_port()
     scripts = {form: write_script(folder / f"{form}-32.lua", 32, form) for form in ("oip", "binary")}
@@ -318,7 +318,7 @@ def main() -> int:
     """Measures, prints the table, writes the JSON; 1 if a bar does not hold."""
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--rounds", type=int, default=3)
-    asked.add_argument("--seconds", type=float, default=4.0)
+    asked.add_argument("--seconds", type=int, default=4, help="per measurement; wrk knows whole ones only")
     asked.add_argument("--peers", default=",".join(PEERS), help="comma-separated; default: %(default)s")
     asked.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks" / "serving.json")
     given = asked.parse_args()
