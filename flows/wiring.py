@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import sys
@@ -140,6 +141,8 @@ def _bound(settings_json: str, _platform: int) -> Ports:
 
     settings = Settings.model_validate_json(settings_json)
     addresses = located(settings)
+    drift = EvidentlyDrift(wait_s=0.2)
+    atexit.register(drift.close)
     return Ports(
         registry=MlflowRegistry(settings.mlflow_url or addresses.mlflow, settings.folder / "cache"),
         inspector=OnnxInspector(),
@@ -148,7 +151,7 @@ def _bound(settings_json: str, _platform: int) -> Ports:
         probe=HttpProbe(),
         target=LocalTarget(addresses.agent_home),
         router=EnvoyRouter(addresses.agent_home),
-        telemetry=LiveTelemetry(addresses.agent_home, EvidentlyDrift(wait_s=0.2)),
+        telemetry=LiveTelemetry(addresses.agent_home, drift),
         ledger=ledger(settings),
         reporter=HtmlReporter(),
         clock=SystemClock(),

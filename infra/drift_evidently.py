@@ -135,6 +135,7 @@ class EvidentlyDrift:
                 pass_fds=(descriptor,),
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": str(_ROOT), "DO_NOT_TRACK": "1", "MPLBACKEND": "Agg"},
+                start_new_session=True,  # a Ctrl-C is for whoever asked; this process ends with its pipe
             )
             theirs.close()
             self._worker = process, ours
