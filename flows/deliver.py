@@ -16,10 +16,10 @@ from pydantic import BaseModel, Field
 
 from flows.checks import Preparation, prepare, run_checks
 from flows.publish import Publisher, artifact_key
-from flows.rollout import Controller, Observer, order
+from flows.rollout import Controller, Observer, Superseded, abort, over
 from flows.story import fold, story_of
 from flows.wiring import connect
-from policies.events import ENDED, Phase, Requested, to_body
+from policies.events import Requested, to_body
 from policies.policy import Policy, parse
 from policies.rollout import OUTCOMES, Rollout, terms
 from tasks.ports import BadInput, ModelVersion, PortError, Ports, Refused, Submission
@@ -27,6 +27,8 @@ from tasks.registration import register
 from tasks.report import publish_report
 
 _POLL_S = 1.0
+_SILENCE_S = 3600.0
+BEGIN_S = 30.0  # a claim whose rollout has not begun after this long belongs to a process that died
 
 
 class Delivery(BaseModel):
@@ -98,16 +100,56 @@ def deliver_with(ports: Ports, request: Delivery, observers: list[Observer]) -> 
     _refuse_pointless(ports, version)
     began = ports.clock.now()
     name = f"{version.model}-v{version.version}-{uuid.uuid4().hex[:8]}"
-    turned_away = _claim(ports, policy, version, request, name)
+    turned_away = start(ports, policy, version, request, name)
     if turned_away is not None:
         return Outcome(name, version.model, version.version, "refused", turned_away, 0.0)
-    try:
-        stable = _baseline(ports, policy, version)
-        _begin(ports, policy, version, stable, request, name)
-        state = drive(ports, name, preparation, observers)
-    finally:
-        ports.ledger.release(version.model, request.target, name)
+    state = to_the_end(ports, name, request.target, lambda: drive(ports, name, preparation, observers))
     return conclude(ports, name, state, ports.clock.now() - began)
+
+
+def start(ports: Ports, policy: Policy, version: ModelVersion, request: Delivery, name: str) -> str | None:
+    """Makes it the model's active rollout and writes the request down; a sentence if it is turned away."""
+    turned_away = _claim(ports, policy, version, request, name)
+    if turned_away is not None:
+        return turned_away
+    try:
+        _refuse_pointless(ports, version)  # again: the rollout before it may have been of the same bytes
+        stable = _baseline(ports, policy, version)
+    except PortError:
+        ports.ledger.release(version.model, request.target, name)
+        raise
+    # From here on it may have begun even if the answer is lost; then its claim stays, and `reconcile` finds it.
+    _begin(ports, policy, version, stable, request, name)
+    return None
+
+
+def to_the_end(ports: Ports, name: str, target: str, drive: Callable[[], Rollout]) -> Rollout:
+    """Drives the rollout, or follows it to its end where another controller has taken it over.
+
+    The model is free for the next rollout only once this one is over: a controller that stops before leaves the claim.
+    """
+    try:
+        state = drive()
+    except Superseded:
+        state = follow(ports, name)
+    if over(state):
+        ports.ledger.release(state.model, target, name)
+    return state
+
+
+def follow(ports: Ports, name: str) -> Rollout:
+    """The rollout once it has ended, driven by others. Raises PortError if nothing is written for an hour."""
+    written, since = 0, ports.clock.now()
+    while ports.clock.now() - since < _SILENCE_S:
+        entries = ports.ledger.read(name)
+        state = fold(entries)
+        assert state is not None  # it was driven before
+        if over(state):
+            return state
+        if len(entries) != written:
+            written, since = len(entries), ports.clock.now()
+        ports.clock.sleep(_POLL_S)
+    raise PortError(f"rollout {name} was taken over, and nobody has gone on with it for {_SILENCE_S / 3600:.0f} h")
 
 
 def request_submission(request: Delivery) -> Submission:
@@ -186,17 +228,18 @@ def _refuse_pointless(ports: Ports, version: ModelVersion) -> None:
 def _claim(ports: Ports, policy: Policy, version: ModelVersion, request: Delivery, name: str) -> str | None:
     """Makes this the model's active rollout, as the policy's `on_conflict` says; a sentence if it is turned away."""
     told: set[str] = set()
+    seen: dict[str, float] = {}
     while (other := ports.ledger.claim(version.model, request.target, name)) != name:
-        if policy.rollout.on_conflict == "reject":
+        state = fold(ports.ledger.read(other))
+        waited = ports.clock.now() - seen.setdefault(other, ports.clock.now())
+        if (state is None and waited > BEGIN_S) or (state is not None and over(state)):
+            ports.ledger.release(version.model, request.target, other)  # its controller died before it could
+            continue
+        if state is not None and policy.rollout.on_conflict == "reject":
             return f"rollout {other} is under way, and the policy says on_conflict: reject"
-        entries = ports.ledger.read(other)
-        state = fold(entries)
-        if state is not None and state.phase in ENDED:
-            ports.ledger.release(version.model, request.target, other)  # its controller died between end and release
-        elif policy.rollout.on_conflict == "supersede" and state is not None and other not in told:
+        if state is not None and policy.rollout.on_conflict == "supersede" and other not in told:
+            abort(ports, other, whoami(), f"superseded by v{version.version}")
             told.add(other)
-            if state.phase is not Phase.ROLLING_BACK:
-                order(ports, other, whoami(), "abort", f"superseded by v{version.version}")
         ports.clock.sleep(_POLL_S)
     return None
 

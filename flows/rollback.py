@@ -13,9 +13,9 @@ from typing import Any
 from prefect import flow
 from prefect.context import FlowRunContext
 
-from flows.deliver import Outcome, conclude, in_prefect, whoami
+from flows.deliver import Outcome, conclude, in_prefect, to_the_end, whoami
 from flows.publish import Publisher
-from flows.rollout import Controller, order
+from flows.rollout import Controller, Runner, abort
 from flows.story import fold
 from flows.wiring import connect
 from policies.events import Phase, Requested, to_body
@@ -39,35 +39,36 @@ def rollback(model: str, reason: str, by: str = "") -> dict[str, Any]:
 
 def rollback_with(ports: Ports, model: str, reason: str, by: str, observer: Any) -> Outcome:
     """The rollback, on the given ports."""
+    began = ports.clock.now()
+    name, state = take_back(ports, model, reason, by, observer, in_prefect)
+    return conclude(ports, name, state, ports.clock.now() - began)
+
+
+def take_back(ports: Ports, model: str, reason: str, by: str, observer: Any, run: Runner) -> tuple[str, Rollout]:
+    """The rollout that went back, or that brought the former version back, at its end."""
     active = next(iter(ports.ledger.rollouts(model, active=True)), None)
     if active is not None:
-        return _abort(ports, active, by, reason)
+        return active, _abort(ports, active, by, reason)
     former, entries = _former(ports, model)
     name = f"{model}-v{former.candidate}-back-{uuid.uuid4().hex[:8]}"
     holder = ports.ledger.claim(model, "local", name)
     if holder != name:
-        return _abort(ports, holder, by, reason)
-    began = ports.clock.now()
-    try:
-        _begin(ports, former, entries, name, by, reason)
-        state = Controller(ports, name, whoami(), in_prefect, _proven_before, observer).drive()
-    finally:
-        ports.ledger.release(model, "local", name)
-    return conclude(ports, name, state, ports.clock.now() - began)
+        return holder, _abort(ports, holder, by, reason)
+    _begin(ports, former, entries, name, by, reason)
+    return name, to_the_end(ports, name, "local", Controller(ports, name, whoami(), run, proven_before, observer).drive)
 
 
-def _abort(ports: Ports, active: str, by: str, reason: str) -> Outcome:
+def _abort(ports: Ports, active: str, by: str, reason: str) -> Rollout:
     """Orders the rollout under way to go back, and waits until it has."""
     began = ports.clock.now()
     state = fold(ports.ledger.read(active))
     if state is None:
         raise PortError(f"rollout {active} has just been claimed and not begun; try again")
-    if state.phase is not Phase.ROLLING_BACK:
-        order(ports, active, by, "abort", reason)
+    abort(ports, active, by, reason)
     while ports.clock.now() - began < _WAIT_S:
         state = fold(ports.ledger.read(active))
         if state is not None and state.ended and not state.pending:
-            return conclude(ports, active, state, ports.clock.now() - began)
+            return state
         ports.clock.sleep(0.2)
     raise PortError(f"rollout {active} was told to go back, but nobody has carried it out in {_WAIT_S:.0f} s")
 
@@ -103,5 +104,5 @@ def _begin(ports: Ports, former: Rollout, entries: list[Entry], name: str, by: s
     ports.ledger.append(name, 1, event.at, by, kind, {**body, **kept, "back_from": event.stable})
 
 
-def _proven_before(state: Rollout, _policy: Any) -> list[GateReport]:
+def proven_before(state: Rollout, _policy: Any) -> list[GateReport]:
     return [GateReport("proven", Verdict.PASS, f"v{state.candidate} was promoted before")]

@@ -7,6 +7,7 @@ effects are carried out; each effect names the entry that asked for it. Killed a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -161,12 +162,14 @@ class Controller:
             self.sequence = entry.sequence
             self.observe(Progress(self.rollout, self.state, event))
 
-    def _try_append(self, event: Event, **extra: Any) -> None:
+    def _try_append(self, event: Event, **extra: Any) -> bool:
         """As `_append`, for an event that somebody else's order may have overtaken: then the order stands."""
         try:
             self._append(event, **extra)
         except rollout.Illegal:
             self.observe(Progress(self.rollout, self.state, event))
+            return False
+        return True
 
     # ------------------------------------------------------------ taking over
 
@@ -291,16 +294,16 @@ class Controller:
     def _look(self) -> None:
         evidence = self.lookout.look(self.state, self.ports.clock.now())
         number = len(self.policy.rollout.stages) if self.state.phase is Phase.WATCHING else self.state.stage
-        self.gates, reports = gates.look(self.policy, number, self.gates, evidence)
+        known, reports = gates.look(self.policy, number, self.gates, evidence)
         verdict = worst(report.verdict for report in reports)
         extra = {
             "stage": number,
             "reports": [asdict(report) for report in reports],
             "evidence": asdict(evidence),
         }
-        self._try_append(
-            Looked(0.0, 0, verdict, _because(verdict, reports)), extra=extra, reports=reports, evidence=evidence
-        )
+        event = Looked(0.0, 0, verdict, _because(verdict, reports))
+        if self._try_append(event, extra=extra, reports=reports, evidence=evidence):
+            self.gates = known  # a look that is not on the record must not weigh in a later one that is
 
     def _wait(self, seconds: float) -> None:
         if seconds > 0:
@@ -348,6 +351,17 @@ def order(ports: Ports, name: str, who: str, what: str, reason: str) -> Rollout:
             continue  # the controller wrote at the same moment: read again
         return after
     raise PortError(f"could not write the order '{what}' to rollout {name}: too many writers")
+
+
+def over(state: Rollout) -> bool:
+    """The next rollout of the model may begin: this one has ended, its traffic is set, guilty bytes are locked away."""
+    return state.ended and not state.pending and not any(effect.do is Do.QUARANTINE for effect in state.outbox)
+
+
+def abort(ports: Ports, name: str, who: str, reason: str) -> None:
+    """Orders the rollout to go back, unless it is doing so or has ended."""
+    with suppress(rollout.Illegal):
+        order(ports, name, who, "abort", reason)
 
 
 stage = task(name="stage", cache_policy=NO_CACHE)(Controller.watch_stage)

@@ -1,0 +1,229 @@
+"""Whatever happened, the next pass converges: rollouts that nobody drives go on, and what is left over is mended.
+
+Level-triggered: a pass looks at the ledger and at the world, never at what woke it, so one that was missed costs
+nothing but time, and two at once do no harm. Scheduled, and run when the platform starts.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.checks import Preparation, run_checks
+from flows.deliver import Delivery, in_prefect, request_submission, whoami
+from flows.rollback import proven_before
+from flows.rollout import Checks, Controller, Runner, Superseded, abort, over
+from flows.story import fold, policy_of
+from flows.wiring import connect
+from policies.events import Phase
+from policies.policy import Policy
+from policies.rollout import Rollout
+from tasks.deployment import undeploy
+from tasks.outcome import set_champion
+from tasks.ports import Entry, NotThere, PortError, Ports
+
+_LOOKS = 3.0  # so many looks without an entry, beyond the lease, and a rollout has no controller any more
+_WORKERS = 16  # rollouts driven at once by one pass; the others wait for the next
+
+ChecksOf = Callable[[Sequence[Entry]], Checks]
+Jobs = Sequence[Callable[[], None]]
+
+
+@dataclass
+class Pass:
+    """What one pass did: how the rollouts that it took over stand now, what it mended, what it leaves to the next."""
+
+    driven: dict[str, str] = field(default_factory=dict)
+    mended: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+@flow(name="reconcile", retries=0)
+def reconcile(at_once: bool = False) -> dict[str, Any]:
+    """One pass over the platform; `at_once` takes over every unsettled rollout (at start-up: nobody drives any).
+
+    Returns a `Pass` as a dictionary. Raises PortError if the ledger cannot be reached.
+    """
+    ports = connect()
+
+    def checks_of(entries: Sequence[Entry]) -> Checks:
+        return _checks(ports, entries)
+
+    return asdict(reconcile_with(ports, whoami(), in_prefect, checks_of, at_once))
+
+
+def side_by_side(jobs: Jobs) -> None:
+    """Each job in a thread of its own, within this flow's run: a rollout may take hours, and none waits for another."""
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for running in [pool.submit(copy_context().run, job) for job in jobs]:
+            running.result()
+
+
+def reconcile_with(
+    ports: Ports,
+    who: str,
+    run: Runner,
+    checks_of: ChecksOf,
+    at_once: bool = False,
+    all_of: Callable[[Jobs], None] = side_by_side,
+) -> Pass:
+    """One pass, on the given ports. What cannot be done now is named in `left`, and stands in nobody's way."""
+    done = Pass()
+    jobs: list[Callable[[], None]] = []
+    for name in ports.ledger.unsettled():
+        entries = ports.ledger.read(name)
+        if at_once or _abandoned(entries, ports.clock.now()):
+            jobs.append(_job(done, name, lambda name=name, entries=entries: _go_on(  # type: ignore[misc]
+                ports, name, entries, f"{who}/{uuid.uuid4().hex[:6]}", run, checks_of(entries), done)))  # fmt: skip
+    all_of(jobs)
+    try:
+        models = sorted(ports.router.routes())
+    except PortError as exc:
+        done.left["routes"] = str(exc)
+        return done
+    all_of([_job(done, model, lambda model=model: _mend(ports, model, who, run, done)) for model in models])  # type: ignore[misc]
+    return done
+
+
+def _job(done: Pass, what: str, work: Callable[[], None]) -> Callable[[], None]:
+    """The work, where an error is one line of the pass: the rest goes on."""
+
+    def job() -> None:
+        try:
+            work()
+        except (PortError, ValueError) as exc:
+            done.left[what] = str(exc)
+
+    return job
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+def _abandoned(entries: Sequence[Entry], now: float) -> bool:
+    """Whether nobody has written for so long that nobody drives it. Taking over one that is driven does no harm."""
+    state, policy = fold(entries), policy_of(entries)
+    assert state is not None
+    quiet = now - entries[-1].at
+    rules = policy.rollout
+    allowed = rules.lease + _LOOKS * rules.look_every
+    if state.phase is Phase.PENDING:
+        allowed += state.terms.check_s / 2  # checks take their time, and nothing is at stake meanwhile
+    return not 0.0 <= quiet <= allowed
+
+
+def _go_on(
+    ports: Ports, name: str, entries: Sequence[Entry], who: str, run: Runner, checks: Checks, done: Pass
+) -> None:
+    """Drives the rollout on if it is its model's active one; else it goes back. Its end frees the model."""
+    state = fold(entries)
+    assert state is not None
+    target = target_of(entries)
+    if not over(state) and not _holds(ports, name, state.model, target):
+        abort(ports, name, who, "another rollout of the model is the active one")
+    try:
+        state = Controller(ports, name, who, run, checks).drive()
+    except Superseded as exc:
+        done.left[name] = str(exc)
+        return
+    if over(state):
+        ports.ledger.release(state.model, target, name)
+    done.driven[name] = state.label
+
+
+def _holds(ports: Ports, name: str, model: str, target: str) -> bool:
+    """Whether the rollout has the claim on its model, taken anew if nobody has it."""
+    holder = ports.ledger.claim(model, target, name)
+    if holder == name:
+        return True
+    state = fold(ports.ledger.read(holder))
+    if state is not None and over(state):
+        ports.ledger.release(model, target, holder)
+        return ports.ledger.claim(model, target, name) == name
+    return False
+
+
+def target_of(entries: Sequence[Entry]) -> str:
+    """Where the rollout's model runs."""
+    return str(entries[0].body.get("request", {}).get("target", "local"))
+
+
+def _checks(ports: Ports, entries: Sequence[Entry]) -> Checks:
+    """The rollout's checks, from what its request says."""
+    if "back_from" in entries[0].body:
+        return proven_before
+    policy = policy_of(entries)
+    request = Delivery.model_validate({"policy": policy.name, **entries[0].body["request"]})
+    suite = Path(request.policy_folder) / policy.checks.data if policy.checks.data else None
+    preparation = Preparation(request_submission(request), suite)
+
+    def checks(state: Rollout, policy: Policy) -> Any:
+        return run_checks(ports, policy, state, preparation, in_prefect)
+
+    return checks
+
+
+# ---------------------------------------------------------------- what is left over
+
+
+def _mend(ports: Ports, model: str, who: str, run: Runner, done: Pass) -> None:
+    """Alias and processes of a model that has no rollout under way. It is claimed meanwhile, so that none begins."""
+    if not _amiss(ports, model):
+        return
+    claim = f"mending/{model}/{who}/{uuid.uuid4().hex[:6]}"
+    if ports.ledger.claim(model, "local", claim) != claim:
+        return
+    try:
+        for what, work in _amiss(ports, model).items():
+            run(*work, name=what)
+            done.mended.append(f"{model}: {what}")
+    finally:
+        ports.ledger.release(model, "local", claim)
+
+
+def _amiss(ports: Ports, model: str) -> dict[str, tuple[Any, ...]]:
+    """What is to be mended, with the task and its arguments."""
+    route = ports.router.current(model)
+    if route is None or route.candidate is not None or route.stable is None:
+        return {}
+    if any(_state(ports, name).model == model for name in ports.ledger.unsettled()):
+        return {}
+    found: dict[str, tuple[Any, ...]] = {}
+    for version in ports.target.running(model):
+        if version != route.stable:
+            found[f"undeploy v{version}"] = (undeploy, ports.target, model, version)
+    for version in ports.target.running(f"{model}.trial"):
+        found[f"end trial of v{version}"] = (undeploy, ports.target, model, version, True)
+    promoted = last_promoted(ports, model)
+    if promoted is not None and promoted.candidate == route.stable and _champion(ports, model) != route.stable:
+        found[f"champion is v{route.stable}"] = (
+            set_champion, ports.registry, model, route.stable, promoted.stable,
+        )  # fmt: skip
+    return found
+
+
+def last_promoted(ports: Ports, model: str) -> Rollout | None:
+    """The model's rollout that was promoted last: the newest of those promoted, since each waits for the one before."""
+    states = (_state(ports, name) for name in ports.ledger.rollouts(model))
+    return next((state for state in states if state.phase is Phase.PROMOTED), None)
+
+
+def _state(ports: Ports, name: str) -> Rollout:
+    state = fold(ports.ledger.read(name))
+    assert state is not None  # only rollouts that were requested are listed
+    return state
+
+
+def _champion(ports: Ports, model: str) -> str | None:
+    try:
+        named = ports.registry.by_alias(model, "champion")
+    except NotThere:
+        return None
+    return named.version if named else None

@@ -1,0 +1,166 @@
+"""What must hold after every run, whatever went wrong in it: the invariants of the design, each named by its number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from flows.story import evidence_of, fold, policy_of
+from policies import audit, gates
+from policies.events import LOOKED_AT, Phase, from_body
+from policies.rollout import Rollout, step
+from policies.verdict import Verdict, worst
+from tasks.ports import Entry
+from tests.simulation.world import MODEL, Run
+
+_SLACK_S = 5.0  # beyond the lease
+_STAGED = {*LOOKED_AT, Phase.PROMOTING}
+
+
+def breaches(run: Run) -> list[str]:
+    """Every promise that the run has broken, as a sentence; none if all is well."""
+    books = {name: run.ledger._books[name] for name in run.ledger._requested()}
+    found = [f"a process ended with an error: {error}" for error in run.errors]
+    if not run.rested:
+        left = {name: state.label for name in run.ledger.unsettled() if (state := fold(books[name]))}
+        waiting = [actor.name for actor in run.actors.all if not actor.ended]
+        found.append(f"3: not at rest; unsettled: {left}; processes {waiting[:6]}")
+    for name, book in books.items():
+        found += [f"{name}: {what}" for what in _of_rollout(run, book)]
+    found += _of_traffic(run)
+    found += _one_at_a_time(books)
+    found += _of_ledger(run)
+    if run.rested:
+        found += _of_rest(run, books)
+    return found
+
+
+def _of_rollout(run: Run, book: list[Entry]) -> Iterator[str]:
+    """1: nothing is promoted without evidence. 3: each effect is done once. 8: its verdicts can be recomputed."""
+    policy = policy_of(book)
+    known = gates.begin(policy)
+    state: Rollout | None = None
+    passed: set[int] = set()
+    ordered = False
+    done: set[str] = set()
+    for entry in book:
+        before = state
+        state, _ = step(state, from_body(entry.kind, entry.body, entry.at, entry.number))
+        evidence = evidence_of(entry)
+        if evidence is not None:
+            stage = int(entry.body["stage"])
+            known, reports = gates.look(policy, stage, known, evidence)
+            verdict = worst(report.verdict for report in reports)
+            if verdict is not Verdict(entry.body["verdict"]):
+                yield f"8: entry {entry.sequence} says {entry.body['verdict']}, recomputed it is {verdict}"
+            if verdict is Verdict.PASS:
+                passed.add(stage)
+                enough = evidence.candidate is not None and evidence.candidate.requests >= gates.REQUESTS_MIN
+                if not enough:
+                    yield f"1: entry {entry.sequence} passes on {evidence.candidate}"
+        ordered = ordered or entry.body.get("order") == "promote"
+        if entry.kind == "done":
+            if entry.body["effect"] in done:
+                yield f"3: {entry.body['effect']} is done twice"
+            done.add(entry.body["effect"])
+        promoting = state.phase is Phase.PROMOTING and before is not None and before.phase is not Phase.PROMOTING
+        if promoting and not ordered and not passed >= set(range(len(state.terms.stops))):
+            yield f"1: promoted with stages {sorted(passed)} passed"
+    assert state is not None
+    if state.phase is Phase.PROMOTED and state.terms.watch_s and len(policy.rollout.stages) not in passed:
+        yield "1: promoted without a passed watch"
+    if run.made.silent and state.phase is Phase.PROMOTED and state.terms.stops and not ordered:
+        yield "1: promoted without any traffic"
+
+
+def _of_traffic(run: Run) -> Iterator[str]:
+    """4: a share ends with its lease. 5: no failure raises a share. 7: quarantined bytes get nothing anew."""
+    by_number = {entry.number: entry for entry in run.ledger.entries}
+    lease = run.made.policy.rollout.lease
+    highest, share = 0, 0
+    for at, route, quarantined in run.router.noted:
+        if route.epoch < highest:
+            yield f"5: epoch {route.epoch} came into force after {highest}"
+        highest = max(highest, route.epoch)
+        if route.candidate is not None and route.stable is not None and not 0 < (route.lease_s or 0.0) <= lease:
+            yield f"4: v{route.candidate} has traffic without a lease of {lease:g} s: {route}"
+        if route.candidate is not None and route.weight > share:
+            asked = by_number[route.epoch]
+            good = asked.kind == "done" or asked.body.get("verdict") == "pass" or asked.body.get("order") == "promote"
+            if not good:
+                yield f"5: {asked.kind} (entry {asked.number}) raised the share of v{route.candidate}"
+        share = route.weight if route.candidate else 0
+        for version in (route.stable, route.candidate):
+            guilty = version is not None and run.made.digests[version] in quarantined
+            if guilty and version is not None and not _was_there_before(run, version, at):
+                yield f"7: v{version} is in quarantine and got traffic at {at:.1f}"
+
+
+def _was_there_before(run: Run, version: str, at: float) -> bool:
+    """Whether the version was the stable one of the route before: then nothing was given to it now."""
+    earlier = [route for when, route, _ in run.router.noted if when < at]
+    return bool(earlier) and version in (earlier[-1].stable,)
+
+
+def _one_at_a_time(books: dict[str, list[Entry]]) -> Iterator[str]:
+    """Of one model, no two rollouts have a hand in the traffic at once."""
+    spans = []
+    for name, book in books.items():
+        inside = []
+        state: Rollout | None = None
+        for entry in book:
+            state, _ = step(state, from_body(entry.kind, entry.body, entry.at, entry.number))
+            if state.phase in _STAGED or (state.pending and state.phase is not Phase.PENDING):
+                inside.append(entry.number)
+        if inside:
+            spans.append((inside[0], inside[-1], name))
+    spans.sort()
+    for (_, end, one), (begin, _, other) in pairwise(spans):
+        if begin <= end:
+            yield f"{one} and {other} were under way at once (entries {begin} to {end})"
+
+
+def _of_ledger(run: Run) -> Iterator[str]:
+    """8: the chain holds from the first entry to the last."""
+    seen = audit.verify(run.ledger.lines())
+    if seen.breach is not None:
+        yield f"8: {seen.breach}"
+
+
+def _of_rest(run: Run, books: dict[str, list[Entry]]) -> Iterator[str]:
+    """3: when all is over, the traffic, the processes and the registry say the same as the ledger."""
+    held = run.router.held.get(MODEL)
+    if held is None:
+        return
+    route = held.route
+    if route.candidate is not None:
+        yield f"3: v{route.candidate} is still a candidate: {route}"
+    states = [state for book in books.values() if (state := fold(book)) is not None]
+    promoted = [state for state in states if state.phase is Phase.PROMOTED]
+    last = max(promoted, key=lambda state: state.epoch).candidate if promoted else (None if run.made.first else "1")
+    if route.stable != last:
+        yield f"3: v{route.stable} serves, the ledger's last proven version is v{last}"
+    if route.stable and run.registry.aliases.get("champion") != route.stable:
+        yield f"3: v{route.stable} serves, the champion is v{run.registry.aliases.get('champion')}"
+    running = {version for model, version in run.target.versions if model == MODEL}
+    if running != ({route.stable} - {None}):
+        yield f"3: versions {sorted(running)} run, v{route.stable} serves"
+    if run.ledger._claims:
+        yield f"3: claims are left: {run.ledger._claims}"
+    if run.made.calm:
+        yield from _of_calm(run, books)
+
+
+def _of_calm(run: Run, books: dict[str, list[Entry]]) -> Iterator[str]:
+    """1, 2: with nothing worse than short outages of the telemetry, each version gets what it deserves."""
+    superseding = run.made.policy.rollout.on_conflict == "supersede"
+    for each in run.delivered:
+        if each.refused:
+            continue
+        state = fold(books[each.rollout])
+        assert state is not None
+        bad = run.made.errors[each.asked.version] > 0 and bool(state.stable)
+        wanted = Phase.ROLLED_BACK if bad else Phase.PROMOTED
+        if state.phase is not wanted and not (superseding and "superseded" in state.reason):
+            deserved = "bad" if bad else "good"
+            yield f"1: {each.rollout} ended as {state.phase} ({state.reason}), its version is {deserved}"
