@@ -17,7 +17,7 @@ from typing import Any
 from prefect import flow
 
 from flows.checks import Preparation, run_checks
-from flows.deliver import Delivery, in_prefect, request_submission, whoami
+from flows.deliver import BEGIN_S, Delivery, in_prefect, request_submission, whoami
 from flows.rollback import proven_before
 from flows.rollout import Checks, Controller, Runner, Superseded, abort, over
 from flows.story import fold, policy_of
@@ -175,6 +175,7 @@ def _checks(ports: Ports, entries: Sequence[Entry]) -> Checks:
 
 def _mend(ports: Ports, model: str, who: str, run: Runner, done: Pass) -> None:
     """Alias and processes of a model that has no rollout under way. It is claimed meanwhile, so that none begins."""
+    _free(ports, model)
     if not _amiss(ports, model):
         return
     claim = f"mending/{model}/{who}/{uuid.uuid4().hex[:6]}"
@@ -186,6 +187,21 @@ def _mend(ports: Ports, model: str, who: str, run: Runner, done: Pass) -> None:
             done.mended.append(f"{model}: {what}")
     finally:
         ports.ledger.release(model, "local", claim)
+
+
+def _free(ports: Ports, model: str) -> None:
+    """Releases a claim whose rollout is over, or never began: its controller died before it could."""
+    newest = next(iter(ports.ledger.rollouts(model)), None)
+    if newest is not None and not over(_state(ports, newest)):
+        return
+    mine = newest or f"mending/{model}"  # what is over does no harm if it gets the claim
+    holder = ports.ledger.claim(model, "local", mine)
+    state = fold(ports.ledger.read(holder))
+    if holder != mine and state is None:
+        ports.clock.sleep(BEGIN_S)
+        state = fold(ports.ledger.read(holder))
+    if state is None or over(state):
+        ports.ledger.release(model, "local", holder)
 
 
 def _amiss(ports: Ports, model: str) -> dict[str, tuple[Any, ...]]:

@@ -13,9 +13,9 @@ from typing import Any
 from prefect import flow
 from prefect.context import FlowRunContext
 
-from flows.deliver import Outcome, conclude, in_prefect, to_the_end, whoami
+from flows.deliver import BEGIN_S, Outcome, conclude, in_prefect, to_the_end, whoami
 from flows.publish import Publisher
-from flows.rollout import Controller, Runner, abort
+from flows.rollout import Controller, Runner, abort, over
 from flows.story import fold
 from flows.wiring import connect
 from policies.events import Phase, Requested, to_body
@@ -49,13 +49,33 @@ def take_back(ports: Ports, model: str, reason: str, by: str, observer: Any, run
     active = next(iter(ports.ledger.rollouts(model, active=True)), None)
     if active is not None:
         return active, _abort(ports, active, by, reason)
-    former, entries = _former(ports, model)
-    name = f"{model}-v{former.candidate}-back-{uuid.uuid4().hex[:8]}"
-    holder = ports.ledger.claim(model, "local", name)
+    name = f"{model}-back-{uuid.uuid4().hex[:8]}"
+    holder = _claim(ports, model, name, observer, run)
     if holder != name:
         return holder, _abort(ports, holder, by, reason)
+    try:
+        former, entries = _former(ports, model)  # not before the claim: until then another version may come to serve
+    except PortError:
+        ports.ledger.release(model, "local", name)
+        raise
     _begin(ports, former, entries, name, by, reason)
     return name, to_the_end(ports, name, "local", Controller(ports, name, whoami(), run, proven_before, observer).drive)
+
+
+def _claim(ports: Ports, model: str, name: str, observer: Any, run: Runner) -> str:
+    """The rollout's name, or that of one that came first and is under way. A dead one's claim is in nobody's way."""
+    limit = ports.clock.now() + BEGIN_S
+    while (holder := ports.ledger.claim(model, "local", name)) != name:
+        state = fold(ports.ledger.read(holder))
+        if state is not None and not state.ended:
+            return holder
+        if state is not None and not over(state):  # ended, but its controller died before the traffic was set
+            state = Controller(ports, holder, whoami(), run, proven_before, observer).drive()
+        if (state is not None and over(state)) or ports.clock.now() >= limit:
+            ports.ledger.release(model, "local", holder)
+        else:
+            ports.clock.sleep(0.2)
+    return name
 
 
 def _abort(ports: Ports, active: str, by: str, reason: str) -> Rollout:

@@ -17,6 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.story import evidence_of, fold, policy_of
 from policies import gates, rollout
 from policies.events import (
+    LOOKED_AT,
     Checked,
     Do,
     Done,
@@ -45,6 +46,7 @@ from tasks.registration import fetch
 from tasks.traffic import route_for, set_traffic
 
 _RETRY_S = (0.5, 1.0, 2.0, 5.0, 10.0)
+_CAN_BE_LOST = frozenset({*LOOKED_AT, Phase.PROMOTING})
 _FLUSH_S = 30.0  # how long an ended rollout's controller waits for the outbox; `reconcile` goes on with the rest
 
 
@@ -190,6 +192,9 @@ class Controller:
             outcome = self._carry_out(effect)
         except PortError as exc:
             final = isinstance(exc, (BadInput, NotThere, Refused))
+            if isinstance(exc, Refused) and self._taken_back(effect):
+                self._try_append(Lost(0.0, 0, f"the traffic was taken back: {exc}"))
+                return
             self._try_append(Failed(0.0, 0, effect.id, str(exc), final))
             if not final:
                 self._wait(_RETRY_S[min(self.tries, len(_RETRY_S) - 1)])
@@ -197,10 +202,22 @@ class Controller:
             return
         self._try_append(outcome[0], **outcome[1])
 
+    def _taken_back(self, effect: Effect) -> bool:
+        """Whether the stable version has the traffic to itself again: then a refused route is no riddle but a loss."""
+        if self.state.phase not in _CAN_BE_LOST or effect.do is not Do.ROUTE or self.state.stable is None:
+            return False
+        try:
+            route = self.ports.router.current(self.state.model)
+        except PortError:
+            return False
+        return route is not None and route.stable == self.state.stable and route.candidate is None
+
     def _carry_out(self, effect: Effect) -> tuple[Event, dict[str, Any]]:
         done = (Done(0.0, 0, effect.id), dict[str, Any]())
         if effect.do is Do.CHECK:
-            reports = tuple(self.checks(self.state, self.policy))
+            why = self.ports.ledger.quarantined(self.state.digest)  # it may have waited for a rollout of the same bytes
+            refused = (GateReport("quarantine", Verdict.FAIL, f"these bytes are in quarantine: {why}"),)
+            reports = refused if why is not None else tuple(self.checks(self.state, self.policy))
             verdict = worst(report.verdict for report in reports)
             extra = {"reports": [asdict(report) for report in reports]}
             return Checked(0.0, 0, _settle(verdict), _because(verdict, reports)), {"extra": extra, "reports": reports}
@@ -240,8 +257,12 @@ class Controller:
             if now < due:
                 continue
             try:
-                self._deliver(effect)
-            except PortError:
+                if not self._overtaken(effect):
+                    self._deliver(effect)
+            except PortError as exc:
+                if isinstance(exc, (BadInput, NotThere, Refused)) and effect.do is not Do.QUARANTINE:
+                    self._try_append(Failed(0.0, 0, effect.id, str(exc), final=True))
+                    return True
                 # It stays in the ledger as asked for and not done; whoever drives or reconciles tries again.
                 delay = _RETRY_S[min(tries, len(_RETRY_S) - 1)]
                 self.outbox_at[effect.id] = (tries + 1, now + delay)
@@ -251,6 +272,16 @@ class Controller:
         if self.state.ended:
             self._wait(_RETRY_S[0])
         return False
+
+    def _overtaken(self, effect: Effect) -> bool:
+        """Whether a later rollout of the model has changed what the effect would: then there is nothing left to do.
+
+        What is owed may be paid much later. By then another version may be the champion, or this one serve again.
+        """
+        if effect.do not in (Do.ALIAS, Do.UNDEPLOY) or not self.state.ended:
+            return False
+        ledger = self.ports.ledger
+        return next(iter(ledger.rollouts(self.state.model)), self.rollout) != self.rollout
 
     def _deliver(self, effect: Effect) -> None:
         ports, state = self.ports, self.state

@@ -159,7 +159,8 @@ def _of_calm(run: Run, books: dict[str, list[Entry]]) -> Iterator[str]:
             continue
         state = fold(books[each.rollout])
         assert state is not None
-        bad = run.made.errors[each.asked.version] > 0 and bool(state.stable)
+        errors = {"1": 0.0, **run.made.errors}
+        bad = state.stable is not None and errors[state.candidate] > errors[state.stable]
         wanted = Phase.ROLLED_BACK if bad else Phase.PROMOTED
         if state.phase is not wanted and not (superseding and "superseded" in state.reason):
             deserved = "bad" if bad else "good"
