@@ -120,7 +120,18 @@ def start(ports: Ports, policy: Policy, version: ModelVersion, request: Delivery
         raise
     # From here on it may have begun even if the answer is lost; then its claim stays, and `reconcile` finds it.
     _begin(ports, policy, version, stable, request, name)
+    still_claimed(ports, version.model, request.target, name)
     return None
+
+
+def still_claimed(ports: Ports, model: str, target: str, name: str) -> None:
+    """A process that stood still for long between its claim and its request has lost the claim: its rollout goes back.
+
+    Asked after the request is written: from then on nobody takes the claim away from it.
+    """
+    holder = ports.ledger.claim(model, target, name)
+    if holder != name:
+        abort(ports, name, whoami(), f"rollout {holder} came first")
 
 
 def to_the_end(ports: Ports, name: str, target: str, drive: Callable[[], Rollout]) -> Rollout:

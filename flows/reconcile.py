@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from prefect import flow
 from flows.checks import Preparation, run_checks
 from flows.deliver import BEGIN_S, Delivery, in_prefect, request_submission, whoami
 from flows.rollback import proven_before
-from flows.rollout import Checks, Controller, Runner, Superseded, abort, over
+from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abort, over
 from flows.story import fold, policy_of
 from flows.wiring import connect
 from policies.events import Phase
@@ -73,6 +74,7 @@ def reconcile_with(
     checks_of: ChecksOf,
     at_once: bool = False,
     all_of: Callable[[Jobs], None] = side_by_side,
+    observe: Observer = lambda _progress: None,
 ) -> Pass:
     """One pass, on the given ports. What cannot be done now is named in `left`, and stands in nobody's way."""
     done = Pass()
@@ -80,15 +82,15 @@ def reconcile_with(
     for name in ports.ledger.unsettled():
         entries = ports.ledger.read(name)
         if at_once or _abandoned(entries, ports.clock.now()):
-            jobs.append(_job(done, name, lambda name=name, entries=entries: _go_on(  # type: ignore[misc]
-                ports, name, entries, f"{who}/{uuid.uuid4().hex[:6]}", run, checks_of(entries), done)))  # fmt: skip
+            controller = Controller(ports, name, f"{who}/{uuid.uuid4().hex[:6]}", run, checks_of(entries), observe)
+            jobs.append(_job(done, name, partial(_go_on, controller, entries, done)))
     all_of(jobs)
     try:
         models = sorted(ports.router.routes())
     except PortError as exc:
         done.left["routes"] = str(exc)
         return done
-    all_of([_job(done, model, lambda model=model: _mend(ports, model, who, run, done)) for model in models])  # type: ignore[misc]
+    all_of([_job(done, model, partial(_mend, ports, model, who, run, done)) for model in models])
     return done
 
 
@@ -119,17 +121,14 @@ def _abandoned(entries: Sequence[Entry], now: float) -> bool:
     return not 0.0 <= quiet <= allowed
 
 
-def _go_on(
-    ports: Ports, name: str, entries: Sequence[Entry], who: str, run: Runner, checks: Checks, done: Pass
-) -> None:
+def _go_on(controller: Controller, entries: Sequence[Entry], done: Pass) -> None:
     """Drives the rollout on if it is its model's active one; else it goes back. Its end frees the model."""
-    state = fold(entries)
+    ports, name, state, target = controller.ports, controller.rollout, fold(entries), target_of(entries)
     assert state is not None
-    target = target_of(entries)
     if not over(state) and not _holds(ports, name, state.model, target):
-        abort(ports, name, who, "another rollout of the model is the active one")
+        abort(ports, name, controller.who, "another rollout of the model is the active one")
     try:
-        state = Controller(ports, name, who, run, checks).drive()
+        state = controller.drive()
     except Superseded as exc:
         done.left[name] = str(exc)
         return
@@ -217,18 +216,25 @@ def _amiss(ports: Ports, model: str) -> dict[str, tuple[Any, ...]]:
             found[f"undeploy v{version}"] = (undeploy, ports.target, model, version)
     for version in ports.target.running(f"{model}.trial"):
         found[f"end trial of v{version}"] = (undeploy, ports.target, model, version, True)
-    promoted = last_promoted(ports, model)
-    if promoted is not None and promoted.candidate == route.stable and _champion(ports, model) != route.stable:
-        found[f"champion is v{route.stable}"] = (
-            set_champion, ports.registry, model, route.stable, promoted.stable,
-        )  # fmt: skip
+    proven, previous = _last_proven(ports, model)
+    if proven == route.stable and _champion(ports, model) != proven:
+        found[f"champion is v{proven}"] = (set_champion, ports.registry, model, proven, previous)
     return found
 
 
-def last_promoted(ports: Ports, model: str) -> Rollout | None:
-    """The model's rollout that was promoted last: the newest of those promoted, since each waits for the one before."""
-    states = (_state(ports, name) for name in ports.ledger.rollouts(model))
-    return next((state for state in states if state.phase is Phase.PROMOTED), None)
+def _last_proven(ports: Ports, model: str) -> tuple[str | None, str | None]:
+    """The version that the ledger says should serve, and the one before it.
+
+    It is that of the newest promoted rollout (each waits for the one before); where none was ever promoted, the one
+    that served when the first began.
+    """
+    first = None
+    for name in ports.ledger.rollouts(model):
+        state = _state(ports, name)
+        if state.phase is Phase.PROMOTED:
+            return state.candidate, state.stable
+        first = state.stable
+    return first, None
 
 
 def _state(ports: Ports, name: str) -> Rollout:

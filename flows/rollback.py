@@ -13,7 +13,7 @@ from typing import Any
 from prefect import flow
 from prefect.context import FlowRunContext
 
-from flows.deliver import BEGIN_S, Outcome, conclude, in_prefect, to_the_end, whoami
+from flows.deliver import BEGIN_S, Outcome, conclude, in_prefect, still_claimed, to_the_end, whoami
 from flows.publish import Publisher
 from flows.rollout import Controller, Runner, abort, over
 from flows.story import fold
@@ -59,6 +59,7 @@ def take_back(ports: Ports, model: str, reason: str, by: str, observer: Any, run
         ports.ledger.release(model, "local", name)
         raise
     _begin(ports, former, entries, name, by, reason)
+    still_claimed(ports, model, "local", name)
     return name, to_the_end(ports, name, "local", Controller(ports, name, whoami(), run, proven_before, observer).drive)
 
 

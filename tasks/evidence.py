@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 
 from policies.events import Phase
 from policies.evidence import Counts, Drift, Evidence, Pairs
@@ -39,7 +40,10 @@ class Meter:
     total: Counts = field(default_factory=lambda: Counts(0, 0))
 
     def read(self, now: Counts) -> Counts:
-        """The totals with this reading."""
+        """The totals with this reading. One that cannot be is handed on as it is, for the gates to name, and not added:
+        a single NaN would else stay in the totals for good."""
+        if not all(0 <= count < inf for count in (now.requests, now.errors, *now.latency, *now.scores)):
+            return replace(now, epoch=self.role)
         before = self.last if self.last is not None else now
         requests, errors = _since((now.requests, now.errors), (before.requests, before.errors))
         self.total = Counts(

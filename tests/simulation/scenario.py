@@ -61,6 +61,7 @@ class Scenario:
     asked: list[Asked]
     weather: Weather
     outages: list[tuple[float, float]] = field(default_factory=list)
+    outages_lie: bool = False  # numbers that cannot be, instead of none
     lies: float = 0.0
     deaths: list[float] = field(default_factory=list)
     jumps: list[tuple[float, float]] = field(default_factory=list)
@@ -94,6 +95,7 @@ def scenario(seed: int) -> Scenario:
         every=chance.choice((5.0, 10.0, 20.0)),
         silent=not calm and chance.random() < 0.05,
         calm=calm,
+        outages_lie=chance.random() < 0.3,
     )
     if len(versions) > 1 and chance.random() < 0.3:
         made.digests[versions[1]] = made.digests[versions[0]]  # the same bytes under a new name

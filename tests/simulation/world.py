@@ -81,6 +81,8 @@ class SimTelemetry(FakeTelemetry):
     def counts(self, model: str, version: str, shadow: bool) -> Counts:
         now = self.clock.monotonic
         if any(begin <= now < end for begin, end in self.made.outages):
+            if self.made.outages_lie:
+                return self.chance.choice((Counts(-7, 0), Counts(math.nan, 0), Counts(9, math.inf)))  # type: ignore[arg-type]
             raise PortError("the telemetry is down (by the simulation)")
         requests = int(self.requests.get((model, version, shadow), 0.0)) - self.resets.get((version, shadow), 0)
         errors = int(requests * self.behaviour.get(version, Behaviour()).errors)
@@ -250,7 +252,13 @@ class Run:
             at_once = self.chance.random() < 0.05
             try:
                 done = reconcile_with(
-                    self.ports, f"reconciler-{number}", directly, self._checks, at_once, self._side_by_side
+                    self.ports,
+                    f"reconciler-{number}",
+                    directly,
+                    self._checks,
+                    at_once,
+                    self._side_by_side,
+                    self._observe,
                 )
                 self._say(f"pass: {done}")
             except PortError as exc:
