@@ -46,12 +46,17 @@ def _breaches(what: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> li
     lines = [f"{what} '{name}' of the champion is missing" for name in wanted if name not in ours]
     lines += [f"{what} '{name}' is new: callers do not know it" for name in ours if name not in wanted]
     for name in ours.keys() & wanted.keys():
-        if (ours[name].dtype, len(ours[name].shape)) != (wanted[name].dtype, len(wanted[name].shape)):
+        if ours[name].dtype != wanted[name].dtype or not _same_shape(ours[name].shape, wanted[name].shape):
             lines.append(
                 f"{what} '{name}' is {ours[name].dtype}{list(ours[name].shape)},"
                 f" the champion's is {wanted[name].dtype}{list(wanted[name].shape)}"
             )
     return lines
+
+
+def _same_shape(mine: Sequence[int], theirs: Sequence[int]) -> bool:
+    """Whether a tensor of their shape fits mine: a free axis (-1) of mine takes any length."""
+    return len(mine) == len(theirs) and all(a in (-1, b) for a, b in zip(mine, theirs, strict=True))
 
 
 @task(name="check data", retries=1, retry_delay_seconds=2, timeout_seconds=600, cache_policy=NO_CACHE)
