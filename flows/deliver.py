@@ -152,12 +152,11 @@ def follow(ports: Ports, name: str) -> Rollout:
     """The rollout once it has ended, driven by others. Raises PortError if nothing is written for an hour."""
     written, since = 0, ports.clock.now()
     while ports.clock.now() - since < _SILENCE_S:
-        entries = ports.ledger.read(name)
-        state = fold(entries)
-        assert state is not None  # it was driven before
-        if over(state):
-            return state
-        if len(entries) != written:
+        if ports.ledger.read(name, after=written):
+            entries = ports.ledger.read(name)
+            state = fold(entries)
+            if state is not None and over(state):
+                return state
             written, since = len(entries), ports.clock.now()
         ports.clock.sleep(_POLL_S)
     raise PortError(f"rollout {name} was taken over, and nobody has gone on with it for {_SILENCE_S / 3600:.0f} h")

@@ -191,7 +191,7 @@ def _mend(ports: Ports, model: str, who: str, run: Runner, done: Pass) -> None:
 def _free(ports: Ports, model: str) -> None:
     """Releases a claim whose rollout is over, or never began: its controller died before it could."""
     newest = next(iter(ports.ledger.rollouts(model)), None)
-    if newest is not None and not over(_state(ports, newest)):
+    if newest in ports.ledger.unsettled():
         return
     mine = newest or f"mending/{model}"  # what is over does no harm if it gets the claim
     holder = ports.ledger.claim(model, "local", mine)

@@ -302,14 +302,19 @@ class Controller:
     def watch_stage(self) -> None:
         """Looks until the machine moves on."""
         moved_by = self.state.moved_by
-        while self.state.in_force and self.state.moved_by == moved_by:
+
+        def here() -> bool:
+            return self.state.in_force and self.state.moved_by == moved_by
+
+        while here():
             began = self.ports.clock.now()
             self._renew()
-            if self.state.in_force and self.state.moved_by == moved_by:
+            if here():
                 self._look()
-            if self.state.in_force and self.state.outbox:
+            if here() and self.state.outbox:
                 self._flush()
-            self._wait(self.policy.rollout.look_every - (self.ports.clock.now() - began))
+            if here():  # what a look has decided does not wait for the next one
+                self._wait(self.policy.rollout.look_every - (self.ports.clock.now() - began))
 
     def _renew(self) -> None:
         if self.state.stable is None:

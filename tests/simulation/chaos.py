@@ -33,9 +33,13 @@ class Weather:
     rates: dict[str, float] = field(default_factory=dict)
     ports: frozenset[str] = frozenset()
     until: float = 0.0
+    down: dict[str, tuple[float, float]] = field(default_factory=dict)  # ports that do not answer at all, from and to
 
     def strikes(self, port: str, now: float, chance: random.Random) -> str | None:
         """The fault that hits this call, if any."""
+        begin, end = self.down.get(port, (0.0, 0.0))
+        if begin <= now < end:
+            return "lost"
         if now >= self.until or port not in self.ports:
             return None
         point = chance.random()

@@ -13,7 +13,7 @@ from policies.verdict import Verdict, worst
 from tasks.ports import Entry
 from tests.simulation.world import MODEL, Run
 
-_SLACK_S = 5.0  # beyond the lease
+_AT_ONCE_S = 1.0  # from the failing look to the traffic being back, where nothing that this needs is in trouble
 _STAGED = {*LOOKED_AT, Phase.PROMOTING}
 
 
@@ -43,6 +43,7 @@ def _of_rollout(run: Run, book: list[Entry]) -> Iterator[str]:
     passed: set[int] = set()
     ordered = False
     done: set[str] = set()
+    seen_failing: float | None = None
     for entry in book:
         before = state
         state, _ = step(state, from_body(entry.kind, entry.body, entry.at, entry.number))
@@ -63,6 +64,12 @@ def _of_rollout(run: Run, book: list[Entry]) -> Iterator[str]:
             if entry.body["effect"] in done:
                 yield f"3: {entry.body['effect']} is done twice"
             done.add(entry.body["effect"])
+        if seen_failing is not None and entry.kind == "done" and state.phase is Phase.ROLLED_BACK:
+            if _in_reach(run) and entry.at - seen_failing > _AT_ONCE_S:
+                yield f"9: the traffic was taken back {entry.at - seen_failing:.1f} s after the failing look"
+            seen_failing = None
+        if state.phase is Phase.ROLLING_BACK and entry.kind == "looked":
+            seen_failing = entry.at
         promoting = state.phase is Phase.PROMOTING and before is not None and before.phase is not Phase.PROMOTING
         if promoting and not ordered and not passed >= set(range(len(state.terms.stops))):
             yield f"1: promoted with stages {sorted(passed)} passed"
@@ -71,6 +78,14 @@ def _of_rollout(run: Run, book: list[Entry]) -> Iterator[str]:
         yield "1: promoted without a passed watch"
     if run.made.silent and state.phase is Phase.PROMOTED and state.terms.stops and not ordered:
         yield "1: promoted without any traffic"
+
+
+def _in_reach(run: Run) -> bool:
+    """Whether nothing that a rollback needs was in trouble: registry and telemetry may be, it needs neither."""
+    made = run.made
+    troubled = {*(made.weather.ports if made.weather.rates else ()), *made.weather.down}
+    stopped = {"frozen", "slow", "dies before", "dies after"} & set(made.weather.rates)
+    return troubled <= {"registry", "telemetry"} and not (stopped or made.deaths or made.jumps)
 
 
 def _of_traffic(run: Run) -> Iterator[str]:

@@ -92,7 +92,7 @@ def scenario(seed: int) -> Scenario:
         asked=[Asked(chance.uniform(0.0, 60.0), "deliver", v) for v in versions],
         weather=Weather(),
         reconcilers=chance.choice((1, 1, 2)),
-        every=chance.choice((5.0, 10.0, 20.0)),
+        every=chance.choice((10.0, 10.0, 20.0)),
         silent=not calm and chance.random() < 0.05,
         calm=calm,
         outages_lie=chance.random() < 0.3,
@@ -121,7 +121,10 @@ def _weather(made: Scenario, chance: random.Random) -> None:
         kinds = chance.sample(KINDS, chance.randint(1, len(KINDS)))
         made.weather.rates = {kind: severity / len(kinds) for kind in kinds}
         made.weather.ports = frozenset(chance.sample(PORTS, chance.randint(1, len(PORTS))))
-        made.weather.until = chance.uniform(20.0, 200.0)
+        made.weather.until = chance.uniform(20.0, 150.0)
+    if chance.random() < 0.25:
+        at = chance.uniform(0.0, 60.0)
+        made.weather.down[chance.choice(PORTS)] = (at, at + chance.choice((10.0, 60.0, 200.0)))
     if chance.random() < 0.5:
         made.deaths = sorted(chance.uniform(0.0, 120.0) for _ in range(chance.randint(1, 3)))
     if chance.random() < 0.3:

@@ -87,7 +87,7 @@ class SimTelemetry(FakeTelemetry):
         requests = int(self.requests.get((model, version, shadow), 0.0)) - self.resets.get((version, shadow), 0)
         errors = int(requests * self.behaviour.get(version, Behaviour()).errors)
         truth = Counts(requests, errors, epoch="fake")
-        if self.chance.random() >= self.made.lies or now > 200.0:
+        if self.chance.random() >= self.made.lies or now > 100.0:
             return truth
         return self._lie(truth, version, shadow)
 
@@ -175,7 +175,8 @@ class Run:
             self._schedule(number, made.every * (number + 1) / made.reconcilers)
         self.actors.spawn("fate", self._fate)
         troubled = [made.weather.until, *made.deaths, *(at for at, _ in made.jumps), *(end for _, end in made.outages)]
-        calm = max([200.0, *troubled, *(asked.at for asked in made.asked)])
+        troubled += [end for _, end in made.weather.down.values()]
+        calm = max([100.0, *troubled, *(asked.at for asked in made.asked)])
         self.actors.run(calm)
         while self.clock.monotonic < calm + SETTLED_AFTER_S and not self.at_rest():
             self.actors.run(self.clock.monotonic + _STEP_S)
