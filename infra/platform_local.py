@@ -247,6 +247,7 @@ class LocalPlatform:
             _answers(f"http://127.0.0.1:{self.prefect_port}/api/health"),
             {
                 "PREFECT_HOME": str(self.home / "prefect"),
+                "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{self.prefect_port}/api",
                 "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self.home / 'prefect.db'}",
             },
         )
