@@ -104,7 +104,8 @@ class Publisher:
             client.set_flow_run_name(self.flow_run, name)
             self._name = name
             self._bar(client, progress)
-        if isinstance(progress.event, Looked) and (state.ended or time.monotonic() - self._published_at >= _EVERY_S):
+        decided = not state.in_force  # this look moved the rollout on: the one that people will ask about
+        if isinstance(progress.event, Looked) and (decided or time.monotonic() - self._published_at >= _EVERY_S):
             self._published_at = time.monotonic()
             self._table(client, progress)
 
