@@ -215,9 +215,7 @@ class Controller:
     def _carry_out(self, effect: Effect) -> tuple[Event, dict[str, Any]]:
         done = (Done(0.0, 0, effect.id), dict[str, Any]())
         if effect.do is Do.CHECK:
-            why = self.ports.ledger.quarantined(self.state.digest)  # it may have waited for a rollout of the same bytes
-            refused = (GateReport("quarantine", Verdict.FAIL, f"these bytes are in quarantine: {why}"),)
-            reports = refused if why is not None else tuple(self.checks(self.state, self.policy))
+            reports = self._outdated() or tuple(self.checks(self.state, self.policy))
             verdict = worst(report.verdict for report in reports)
             extra = {"reports": [asdict(report) for report in reports]}
             return Checked(0.0, 0, _settle(verdict), _because(verdict, reports)), {"extra": extra, "reports": reports}
@@ -229,6 +227,18 @@ class Controller:
         route = route_for(self.state, effect, self.policy.rollout.lease)
         self.run(set_traffic, self.ports.router, route, name=_route_name(self.state, effect))
         return done
+
+    def _outdated(self) -> tuple[GateReport, ...]:
+        """What has changed since the request so that it cannot go on: another rollout may have been first."""
+        why = self.ports.ledger.quarantined(self.state.digest)
+        if why is not None:
+            return (GateReport("quarantine", Verdict.FAIL, f"these bytes are in quarantine: {why}"),)
+        route = self.ports.router.current(self.state.model)
+        if route is not None and route.stable not in (None, self.state.stable):
+            meant = f"v{self.state.stable}" if self.state.stable else "nothing"
+            says = f"v{route.stable} serves now, {meant} did when this rollout was requested; deliver it anew"
+            return (GateReport("baseline", Verdict.FAIL, says),)
+        return ()
 
     def _ensure_stable(self, effect: Effect) -> None:
         """A champion that the registry names but nobody serves is started, before anything is compared with it."""

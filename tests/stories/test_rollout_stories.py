@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from policies.events import Phase
+from policies.evidence import Counts
+from policies.traffic import Route
 from policies.verdict import GateReport, Verdict
 from tasks.ports import PortError
 from tests.stories.world import MODEL, POLICY, World
@@ -181,3 +186,52 @@ def test_orders_are_obeyed_within_a_look() -> None:
 def test_a_lower_error_budget_needs_no_other_code() -> None:
     world = World(POLICY.replace("rollout:", "rollout:\n  error_budget: 0.01"))
     assert world.drive().phase is Phase.PROMOTED
+
+
+def test_what_a_look_has_decided_does_not_wait_for_the_next_look() -> None:
+    world = World(POLICY.replace("rollout:", "rollout:\n  look_every: 5s")).given("2", errors=0.50)
+    assert world.drive().phase is Phase.ROLLED_BACK
+    failing = next(e for e in world.ledger.entries if e.kind == "looked" and e.body["verdict"] == "fail")
+    back = next(e for e in world.ledger.entries if e.kind == "done" and e.number > failing.number)
+    assert back.at - failing.at < 1.0
+
+
+def test_a_lease_that_ran_out_during_the_promotion_is_a_loss_and_no_riddle() -> None:
+    """A controller stood still right after it had the promotion's route in force: nobody need be woken for that."""
+    world = World()
+    controller = world.controller(world.request())
+    apply = world.router.apply
+
+    def stands_still_after(route: Route) -> None:
+        apply(route)
+        if route.weight == 100:
+            world.clock.sleep(60.0)
+            raise PortError("no answer")
+
+    world.router.apply = stands_still_after  # type: ignore[method-assign]
+    state = controller.drive()
+    assert state.phase is Phase.ROLLED_BACK
+    assert "taken back" in state.reason
+
+
+def test_one_reading_that_cannot_be_rolls_nothing_back() -> None:
+    world = World()
+    controller = world.controller(world.request())
+    counts, lies = world.telemetry.counts, iter([math.nan, -5, math.inf])
+
+    def lie_at_first(model: str, version: str, shadow: bool) -> Counts:
+        truth = counts(model, version, shadow)
+        return truth if world.clock.monotonic < 10 else replace(truth, requests=next(lies, truth.requests))  # type: ignore[arg-type]
+
+    world.telemetry.counts = lie_at_first  # type: ignore[method-assign]
+    assert controller.drive().phase is Phase.PROMOTED
+
+
+def test_bytes_that_came_into_quarantine_meanwhile_fail_the_checks() -> None:
+    world = World()
+    controller = world.controller(world.request())
+    world.ledger.quarantine("digest-2", "it failed under another name", "r0")
+    state = controller.drive()
+    assert state.phase is Phase.REFUSED
+    assert "it failed under another name" in state.reason
+    assert world.weights == [("1", None, 0, 0)]

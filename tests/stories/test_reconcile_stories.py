@@ -1,0 +1,148 @@
+"""What the next pass finds, and what it makes of it: rollouts without a controller, and what the dead left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from flows.reconcile import Jobs, Pass, reconcile_with
+from flows.rollout import Superseded
+from policies.events import Phase
+from policies.traffic import Route
+from tasks.ports import Deployment
+from tests.stories.world import MODEL, World, directly
+
+
+class Died(BaseException):
+    """The controller's process."""
+
+
+def one_by_one(jobs: Jobs) -> None:
+    for job in jobs:
+        job()
+
+
+def a_pass(world: World, at_once: bool = False) -> Pass:
+    def checks_of(_entries: Sequence[Any]) -> Any:
+        return world.controller().checks
+
+    return reconcile_with(world.ports, "reconciler", directly, checks_of, at_once, one_by_one)
+
+
+def dies_after(world: World, seconds: float) -> None:
+    """The rollout `r1` is claimed and driven, until its controller dies."""
+    world.ledger.claim(MODEL, "local", "r1")
+    controller = world.controller(world.request())
+
+    def die() -> None:
+        if world.clock.monotonic >= seconds:
+            world.clock.alarms.remove(die)
+            raise Died
+
+    world.clock.alarms.append(die)
+    with pytest.raises(Died):
+        controller.drive()
+
+
+@pytest.fixture(autouse=True)
+def _registry_knows_aliases(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.stories.world import MemoryRegistry
+
+    def by_alias(self: MemoryRegistry, model: str, alias: str) -> Any:
+        named = self.aliases.get(alias)
+        return self.version(model, named) if named else None
+
+    monkeypatch.setattr(MemoryRegistry, "by_alias", by_alias, raising=False)
+
+
+def test_a_rollout_whose_controller_died_within_its_lease_goes_on_to_the_same_end() -> None:
+    world = World()
+    dies_after(world, 15.0)
+    done = a_pass(world, at_once=True)
+    assert done.driven == {"r1": "promoted"}
+    assert world.router.current(MODEL) == Route(MODEL, stable="2", epoch=world.router.history[-1].epoch)
+    assert world.ledger.claim(MODEL, "local", "next") == "next", "the model is free again"
+
+
+def test_a_rollout_whose_controller_died_for_longer_than_its_lease_ends_on_stable() -> None:
+    world = World()
+    dies_after(world, 15.0)
+    world.clock.sleep(60.0)
+    assert a_pass(world).driven == {"r1": "rolled back"}
+    assert world.router.current(MODEL).stable == "1"  # type: ignore[union-attr]
+
+
+def test_a_rollout_that_is_being_driven_is_left_alone() -> None:
+    world = World()
+    passes: list[Pass] = []
+
+    def look() -> None:
+        if not passes and world.clock.monotonic > 12:
+            passes.append(Pass())
+            passes[0] = a_pass(world)
+
+    controller = world.controller(world.request())
+    world.ledger.claim(MODEL, "local", "r1")
+    world.clock.alarms.append(look)
+    assert controller.drive().phase is Phase.PROMOTED
+    assert passes[0].driven == {}
+
+
+def test_a_healthy_rollout_that_is_taken_over_all_the_same_comes_to_no_harm() -> None:
+    world = World()
+    taken: list[Pass] = []
+
+    def take() -> None:
+        if not taken and world.clock.monotonic > 12:
+            taken.append(Pass())
+            taken[0] = a_pass(world, at_once=True)
+
+    controller = world.controller(world.request())
+    world.clock.alarms.append(take)
+    with pytest.raises(Superseded):
+        controller.drive()
+    assert taken[0].driven == {"r1": "promoted"}
+
+
+def test_a_rollout_without_its_models_claim_goes_back_instead_of_on() -> None:
+    world = World()
+    world.request("r1")
+    world.ledger.claim(MODEL, "local", "r2")
+    world.request("r2")
+    a_pass(world, at_once=True)
+    ended = {name: state.phase for name in ("r1", "r2") if (state := world.ledger._state(name))}
+    assert ended == {"r1": Phase.REFUSED, "r2": Phase.PROMOTED}
+
+
+def test_the_champion_and_the_processes_follow_the_ledger_and_the_route() -> None:
+    world = World()
+    world.drive()
+    world.registry.aliases["champion"] = "1"  # an answer that was on its way for too long
+    world.target.deploy(Deployment(MODEL, "1", "digest-1", world.target.stored("digest-1")))  # type: ignore[arg-type]
+    world.target.deploy(Deployment(MODEL, "7", "digest-7", world.target.stored("digest-1")), trial=True)  # type: ignore[arg-type]
+    done = a_pass(world)
+    assert len(done.mended) == 3
+    assert world.registry.aliases["champion"] == "2"
+    assert set(world.target.versions) == {(MODEL, "2")}
+    assert a_pass(world) == Pass(), "the next pass finds nothing to do"
+
+
+def test_a_claim_that_never_became_a_rollout_is_released() -> None:
+    world = World()
+    world.ledger.claim(MODEL, "local", "never begun")
+    a_pass(world)
+    assert world.ledger.claim(MODEL, "local", "next") == "next"
+
+
+def test_a_registry_that_is_down_leaves_its_part_to_the_next_pass_and_stops_nothing_else() -> None:
+    world = World().given("2", errors=0.10)
+    dies_after(world, 3.0)
+    world.registry.down = True
+    a_pass(world, at_once=True)
+    assert world.router.current(MODEL).candidate is None  # type: ignore[union-attr]
+    assert world.ledger.quarantined("digest-2") is not None
+    world.registry.down = False
+    a_pass(world, at_once=True)
+    assert world.ledger.unsettled() == []
