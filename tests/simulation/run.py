@@ -65,6 +65,7 @@ def main() -> int:
     parser.add_argument("--rollouts", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=None, help="the first seed; by default from the clock")
     parser.add_argument("--replay", type=int, metavar="SEED", default=None)
+    parser.add_argument("--broken", type=int, default=10, help="stop after so many seeds that broke a promise")
     args = parser.parse_args()
     if args.replay is not None:
         run = play(args.replay, show=True)
@@ -74,7 +75,7 @@ def main() -> int:
         return 1 if found else 0
     base = args.seed if args.seed is not None else time.time_ns() % 10**12
     print(f"base seed {base}", flush=True)
-    tally = simulate(args.rollouts, base)
+    tally = simulate(args.rollouts, base, args.broken)
     print("\n".join(tally.lines()))
     return 1 if tally.broken else 0
 
