@@ -25,7 +25,7 @@ def commands() -> set[str]:
 
 
 def test_every_command_that_the_readme_names_exists() -> None:
-    named = set(re.findall(r"lockgate ((?:policy )?[a-z]+)", README))
+    named = set(re.findall(r"lockgate ((?:(?:policy|audit|quarantine) )?[a-z]+)", README))
     named -= {"takes", "policy"}
     assert named
     assert named <= commands() | {"holds"}, named - commands()

@@ -1,0 +1,62 @@
+"""The record recomputes to the same decisions, and says where it does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flows.record import exported, replay, verified
+from policies import audit
+from tasks.ports import BadInput
+from tests.stories.world import World
+
+KEY = bytes(range(32))
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    """A rollout that was taken back by its gates."""
+    made = World().given("2", errors=0.10)
+    made.drive()
+    return made
+
+
+def test_every_decision_comes_out_the_same_from_the_record_alone(world: World) -> None:
+    looks, differences = replay(world.ledger.read("r1"))
+    assert looks > 3
+    assert differences == []
+
+
+def test_a_verdict_that_the_evidence_does_not_bear_is_found(world: World) -> None:
+    entries = world.ledger.read("r1")
+    at = next(i for i, entry in enumerate(entries) if entry.body.get("verdict") == "fail")
+    entries[at] = replace(entries[at], body={**entries[at].body, "verdict": "pass"})
+    _, differences = replay(entries)
+    assert [each.number for each in differences] == [entries[at].number]
+
+
+def test_evidence_that_was_changed_changes_the_decisions(world: World) -> None:
+    entries = world.ledger.read("r1")
+    at = next(i for i, entry in enumerate(entries) if entry.body.get("verdict") == "fail")
+    evidence = entries[at].body["evidence"]
+    tamed = {**evidence, "candidate": {**evidence["candidate"], "errors": 0}}
+    entries[at] = replace(entries[at], body={**entries[at].body, "evidence": tamed})
+    _, differences = replay(entries)
+    assert differences
+
+
+def test_an_export_is_verified_with_its_key_and_refused_with_another(world: World, tmp_path: object) -> None:
+    lines = list(exported(world.ledger, KEY))
+    assert audit.verify_export(lines, KEY).signed
+    assert audit.verify_export(lines, KEY[::-1]).breach is not None
+    assert audit.verify_export(lines[:-2] + lines[-1:], KEY).breach is not None
+
+
+def test_the_ledger_is_held_against_its_own_head(world: World) -> None:
+    assert verified(world.ledger, None, None).breach is None
+
+
+def test_a_rollout_that_is_not_there_is_bad_input() -> None:
+    with pytest.raises(BadInput):
+        replay([])
