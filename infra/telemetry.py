@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.drift_evidently import EvidentlyDrift
+from infra.outcomes_arrow import LabelledAnswers
 from infra.samples_arrow import SampledRows
 from infra.telemetry_envoy import EnvoyCounts
-from policies.evidence import Counts, Drift, Pairs
+from policies.evidence import Counts, Drift, Outcomes, Pairs
 from tasks.ports import NotThere
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class LiveTelemetry:
     def __init__(self, agent_home: Path, drift: EvidentlyDrift) -> None:
         self._counts = EnvoyCounts(agent_home)
         self._samples = SampledRows(agent_home)
+        self._labelled = LabelledAnswers(agent_home)
         self._drift = drift
         self._pairs: dict[tuple[str, str, str], _Counted] = {}
 
@@ -69,6 +71,9 @@ class LiveTelemetry:
             counted.differing += differing
             counted.until = until
         return Pairs(counted.compared, counted.differing)
+
+    def outcomes(self, model: str, stable: str, candidate: str, metric: str, since: float, wait: float) -> Outcomes:
+        return self._labelled.outcomes(model, stable, candidate, metric, since, wait)
 
 
 def _compare(first: pa.Table, second: pa.Table, after: float, until: float, tolerance: float) -> tuple[int, int]:

@@ -7,6 +7,7 @@ All values here are JSON-able, so that the ledger can keep them and any decision
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 # Log-spaced upper edges from 0.1 ms to 60 s, about 12 % apart: fine enough to resolve a 1.2x change of a quantile.
 LATENCY_EDGES_MS: tuple[float, ...] = tuple(round(0.1 * 1.12**i, 4) for i in range(114))
@@ -68,6 +69,57 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Observations added up: how many, their sum, the sum of their squares. For one rollout, plain numbers."""
+
+    n: Any = 0.0
+    total: Any = 0.0
+    squares: Any = 0.0
+
+    @property
+    def mean(self) -> float:
+        return float(self.total / self.n) if self.n else 0.0
+
+    def plus(self, more: Sums) -> Sums:
+        return Sums(self.n + more.n, self.total + more.total, self.squares + more.squares)
+
+    def minus(self, before: Sums) -> Sums:
+        return Sums(self.n - before.n, self.total - before.total, self.squares - before.squares)
+
+    def where(self, kept: Any) -> Sums:
+        """These observations where `kept` holds, none elsewhere."""
+        return Sums(self.n * kept, self.total * kept, self.squares * kept)
+
+    def plain(self) -> Sums:
+        return Sums(float(self.n), float(self.total), float(self.squares))
+
+
+NONE = Sums()
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Labelled answers since the POSIX time `since`: losses from 0 (right) to 1 (wrong), one per request.
+
+    `pairs` are differences (candidate's loss less the stable version's) on requests that both answered, `candidate`
+    and `stable` losses on requests that one of them answered. `waiting` of the candidate's answers have no label yet.
+    """
+
+    since: float
+    pairs: Sums = NONE
+    candidate: Sums = NONE
+    stable: Sums = NONE
+    waiting: int = 0
+
+    def minus(self, before: Outcomes) -> Outcomes:
+        """What came after `before`, counted since the same time."""
+        return Outcomes(
+            self.since, self.pairs.minus(before.pairs), self.candidate.minus(before.candidate),
+            self.stable.minus(before.stable), self.waiting,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Evidence:
     """One look. `None` means that the source could not be read, and `problems` says why, by source name."""
 
@@ -77,3 +129,4 @@ class Evidence:
     drift: Drift | None = None
     pairs: Pairs | None = None
     problems: dict[str, str] = field(default_factory=dict)
+    outcomes: Outcomes | None = None

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from policies.evidence import LATENCY_EDGES_MS, SCORE_EDGES, Counts, Drift, Evidence, Pairs
+from policies.evidence import LATENCY_EDGES_MS, SCORE_EDGES, Counts, Drift, Evidence, Outcomes, Pairs, Sums
 from policies.verdict import GateReport, Verdict
 
-_ELSEWHERE = ("drift", "pairs")  # problems of these sources are told by the gates that use them
+_ELSEWHERE = ("drift", "pairs", "labels")  # problems of these sources are told by the gates that use them
 # A failed attempt may be counted before its request is, which ends when another version has answered: a candidate that
 # fails always has more errors than requests, by those under way, and that is no nonsense.
 _IN_FLIGHT = 100
@@ -102,6 +102,24 @@ def of_pairs(pairs: Pairs) -> str:
         return f"pairs are {pairs.compared!r}, {pairs.differing!r} of them differing"
     if pairs.differing > pairs.compared:
         return f"pairs are {pairs.compared}, but {pairs.differing} of them differ"
+    return ""
+
+
+def of_outcomes(outcomes: Outcomes) -> str:
+    """What is wrong with the sums over labelled answers; nothing if empty."""
+    if not _is_number(outcomes.since):
+        return f"beginning is {outcomes.since!r}, not a time"
+    if not _is_count(outcomes.waiting):
+        return f"unlabelled answers are {outcomes.waiting!r}"
+    for name, least in (("pairs", -1.0), ("candidate", 0.0), ("stable", 0.0)):
+        sums: Sums = getattr(outcomes, name)
+        n, total, squares = sums.n, sums.total, sums.squares
+        known = _is_count(n) and _is_number(total) and _is_number(squares)
+        slack = 1e-6 * (1.0 + n) if known else 0.0  # sums are rounded
+        if not known or not (least * n - slack <= total <= n + slack and total**2 / max(n, 1) - slack <= squares):
+            return f"sums ({name}) are {n!r}, {total!r} and {squares!r}"
+        if squares > n + slack:
+            return f"sums ({name}) are {n!r}, {total!r} and {squares!r}"
     return ""
 
 

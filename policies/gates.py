@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from policies import faults, rates, shifts, stats
-from policies.evidence import LATENCY_EDGES_MS, ColumnDrift, Counts, Drift, Evidence, Pairs
+from policies import faults, labels, rates, shifts, stats
+from policies.evidence import LATENCY_EDGES_MS, ColumnDrift, Counts, Drift, Evidence, Outcomes, Pairs, Sums
 from policies.faults import Fault
+from policies.labels import Learned
 from policies.policy import Errors, Latency, Policy
 from policies.rates import Rates
 from policies.shifts import Paired, Shift
@@ -45,6 +46,7 @@ class State:
     routed: tuple[int, int] | None = None
     shift: Shift = field(default_factory=Shift)
     paired: Paired = field(default_factory=Paired)
+    learned: Learned = field(default_factory=Learned)
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> State:
@@ -64,6 +66,7 @@ class State:
             routed=None if body["routed"] is None else tuple(body["routed"]),
             shift=Shift(**shift),
             paired=Paired(**body["paired"]),
+            learned=_learned(body["learned"]) if "learned" in body else Learned(),
         )
 
 
@@ -75,8 +78,22 @@ def evidence_from(body: Mapping[str, Any]) -> Evidence:
         candidate=None if body["candidate"] is None else Counts(**_tuples(body["candidate"])),
         drift=_drift(body.get("drift")),
         pairs=None if body.get("pairs") is None else Pairs(**body["pairs"]),
+        outcomes=_outcomes(body.get("outcomes")),
         problems=dict(body.get("problems") or {}),
     )
+
+
+def _outcomes(body: Mapping[str, Any] | None) -> Outcomes | None:
+    if body is None:
+        return None
+    sums = {name: Sums(**body[name]) for name in ("pairs", "candidate", "stable")}
+    return Outcomes(since=body["since"], waiting=body["waiting"], **sums)
+
+
+def _learned(body: Mapping[str, Any]) -> Learned:
+    sums = {name: Sums(**body[name]) for name in ("pairs", "candidate", "stable")}
+    spare = Sums(**body["spare"][0]), Sums(**body["spare"][1])
+    return Learned(**{**_tuples(body), **sums, "spare": spare, "last": _outcomes(body["last"])})
 
 
 def _drift(body: Mapping[str, Any] | None) -> Drift | None:
@@ -118,7 +135,8 @@ def factors(policy: Policy) -> tuple[float, ...]:
 def alpha(policy: Policy) -> float:
     """The chance of a false alarm that each gate has: its share of the error budget."""
     gates = policy.rollout.gates
-    asked = sum(gate is not None for gate in (gates.errors, gates.latency, gates.drift, gates.disagreement))
+    named = (gates.errors, gates.latency, gates.drift, gates.disagreement, gates.quality)
+    asked = sum(gate is not None for gate in named)
     return policy.rollout.error_budget / max(asked, 1)
 
 
@@ -170,6 +188,8 @@ def _all(policy: Policy, stage: int, fault: Fault) -> tuple[GateReport, ...]:
         names = (*names, "drift")
     if policy.rollout.gates.disagreement is not None and _is_paired(policy, stage):
         names = (*names, "disagreement")
+    if _asks_quality(policy, stage):
+        names = (*names, "quality")
     return tuple(fault.report(name) for name in names)
 
 
@@ -184,6 +204,12 @@ def _is_paired(policy: Policy, stage: int) -> bool:
     return stages[stage].shadow is not None if stage < len(stages) else policy.rollout.watch.shadow > 0
 
 
+def _asks_quality(policy: Policy, stage: int) -> bool:
+    """Whether the labels must show that the candidate is no worse: before promotion, in the last stage."""
+    gate = policy.rollout.gates.quality
+    return gate is not None and gate.required and stage == len(policy.rollout.stages) - 1
+
+
 def _enter(state: State, stage: int, at: float) -> State:
     fresh = state.stage < 0
     return replace(
@@ -195,6 +221,7 @@ def _enter(state: State, stage: int, at: float) -> State:
         routed=None,
         shift=shifts.enter_stage(state.shift),
         paired=shifts.enter_stage_paired(state.paired),
+        learned=labels.enter_stage(state.learned),
     )
 
 
@@ -337,7 +364,7 @@ def _routed(weight: float, candidate: int, stable: int) -> GateReport:
 
 
 def _compare(policy: Policy, stage: int, state: State, evidence: Evidence) -> tuple[State, tuple[GateReport, ...]]:
-    """The gates on sampled rows."""
+    """The gates on sampled rows and their labels."""
     reports: list[GateReport] = []
     gates, stages = policy.rollout.gates, policy.rollout.stages
     share = alpha(policy)
@@ -354,6 +381,13 @@ def _compare(policy: Policy, stage: int, state: State, evidence: Evidence) -> tu
         )
         state = replace(state, paired=paired)
         reports.append(report)
+    if gates.quality is not None:
+        asked = _asks_quality(policy, stage)
+        problem = evidence.problems.get("labels")
+        learned, said = labels.look(gates.quality, state.learned, share, asked, evidence.outcomes, problem)
+        state = replace(state, learned=learned)
+        if said is not None:
+            reports.append(said)
     return state, tuple(reports)
 
 

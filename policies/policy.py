@@ -224,6 +224,21 @@ class Disagreement(_Strict):
     tolerance: Positive = Field(0.1, description="Predictions nearer to each other than this count as the same.")
 
 
+class Labelled(_Strict):
+    """Once labels come: is its mean loss higher than the stable version's?
+
+    It may fail at any look. Labels lag, so it is asked for a pass before promotion only, in the last stage.
+    """
+
+    metric: Literal["brier", "accuracy"] = Field(
+        "brier", description="The loss: (prediction - label)^2, or 1 where the prediction is on the other side of 0.5."
+    )
+    margin: Annotated[float, Field(gt=0, le=0.5)] = Field(0.02, description="Tolerated difference of the mean losses.")
+    rows_min: int = Field(200, ge=20, description="Labelled requests of each version, before it passes.")
+    required: bool = Field(True, description="Whether it must pass before promotion; else it only may fail.")
+    wait: Seconds = Field(86400.0, gt=0, description="A label that comes later than this after the answer is ignored.")
+
+
 class Gates(_Strict):
     """The questions asked at every look. A gate that is not named is not asked."""
 
@@ -231,6 +246,7 @@ class Gates(_Strict):
     latency: Latency | None = None
     drift: Drifting | None = None
     disagreement: Disagreement | None = None
+    quality: Labelled | None = None
 
 
 class Watch(_Strict):

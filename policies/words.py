@@ -105,6 +105,12 @@ def _gates(gates: Gates) -> list[str]:
             f"disagreement: in shadow, at most {100 * gates.disagreement.margin:g} % of the answers may differ"
             f" by more than {gates.disagreement.tolerance:g}."
         )
+    if gates.quality:
+        when = "must be shown before promotion, in the last stage" if gates.quality.required else "is not asked for"
+        lines.append(
+            f"quality: once labels come, its mean loss ({gates.quality.metric}) may not be higher by"
+            f" {gates.quality.margin:g}; proof of that {when}; a label may lag by {duration(gates.quality.wait)}."
+        )
     return lines or ["No gate is asked: nothing can pass a stage but a person's word."]
 
 

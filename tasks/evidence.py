@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from policies.events import Phase
-from policies.evidence import Counts, Drift, Evidence, Pairs
+from policies.evidence import Counts, Drift, Evidence, Outcomes, Pairs
 from policies.policy import Policy
 from policies.rollout import Rollout
 from tasks.ports import NotThere, PortError, Telemetry
 
 _DRIFT_EVERY_S = 4.0
+_LABELS_EVERY_S = 5.0
 
 
 def _since(now: tuple[int, ...], before: tuple[int, ...]) -> tuple[int, ...]:
@@ -66,6 +67,7 @@ class Lookout:
     meters: dict[tuple[str, str], Meter] = field(default_factory=dict)
     first_traffic: float | None = None
     compared_at: float = 0.0
+    labels_at: float = 0.0
 
     def look(self, state: Rollout, at: float) -> Evidence:
         """The evidence now. Raises nothing but programming errors: what could not be read is a problem, not a crash."""
@@ -81,7 +83,10 @@ class Lookout:
             pairs = self._pairs(state, problems)
             if drift is not None or problems or self.policy.rollout.gates.drift is None:
                 self.compared_at = at
-        return Evidence(at, stable, candidate, drift, pairs, problems)
+        outcomes = None
+        if at - self.labels_at >= _LABELS_EVERY_S or at < self.labels_at:
+            outcomes, self.labels_at = self._outcomes(state, problems), at
+        return Evidence(at, stable, candidate, drift, pairs, problems, outcomes)
 
     def _counts(self, state: Rollout, version: str | None, shadow: bool, problems: dict[str, str]) -> Counts | None:
         if version is None:
@@ -121,4 +126,18 @@ class Lookout:
             return None
         except PortError as exc:
             problems["pairs"] = str(exc)
+            return None
+
+    def _outcomes(self, state: Rollout, problems: dict[str, str]) -> Outcomes | None:
+        gate = self.policy.rollout.gates.quality
+        if gate is None or state.stable is None:
+            return None
+        try:
+            return self.telemetry.outcomes(
+                state.model, state.stable, state.candidate, gate.metric, self._begin(), gate.wait
+            )
+        except NotThere:
+            return None
+        except PortError as exc:
+            problems["labels"] = str(exc)
             return None

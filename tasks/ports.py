@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from policies.audit import Head
-from policies.evidence import Counts, Drift, Pairs
+from policies.evidence import Counts, Drift, Outcomes, Pairs
 from policies.traffic import Route
 from policies.verdict import GateReport
 
@@ -274,6 +274,12 @@ class Telemetry(Protocol):
 
     def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:
         """The requests that both versions answered since the time. Raises PortError."""
+
+    def outcomes(self, model: str, stable: str, candidate: str, metric: str, since: float, wait: float) -> Outcomes:
+        """The losses of both versions' answers since the time whose labels have come, at most `wait` seconds later.
+
+        A request is counted once, with the label that it had then. Raises PortError.
+        """
 
 
 @dataclass(frozen=True)

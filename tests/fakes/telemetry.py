@@ -1,7 +1,8 @@
 """A fake Telemetry: each version serves at a steady rate with given shares of errors and slow requests.
 
 Counts grow with the fake clock from when a version first got traffic, exactly as its share says (no chance in it);
-`down` makes every source raise PortError, `silent` makes counters stand still.
+`down` makes every source raise PortError, `silent` makes counters stand still, `labelled` is the share of the answers
+whose label has come.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from policies.evidence import LATENCY_EDGES_MS, ColumnDrift, Counts, Drift, Pairs
+from policies.evidence import LATENCY_EDGES_MS, ColumnDrift, Counts, Drift, Outcomes, Pairs, Sums
 from tasks.ports import NotThere, PortError
 from tests.fakes.clock import FakeClock
 from tests.fakes.router import FakeRouter
@@ -17,11 +18,13 @@ from tests.fakes.router import FakeRouter
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How a version behaves: shares of failing and of slow requests, and the distance of its predictions."""
+    """How a version behaves: shares of failing, of slow and of wrongly answered requests, and the distance of its
+    predictions."""
 
     errors: float = 0.0
     slow: float = 0.0
     shift: float = 0.0
+    wrong: float = 0.1
 
 
 class FakeTelemetry:
@@ -32,6 +35,7 @@ class FakeTelemetry:
         self.behaviour: dict[str, Behaviour] = {}
         self.down = False
         self.silent = False
+        self.labelled = 1.0
         self.requests: dict[tuple[str, str, bool], float] = {}
         self._at = clock.monotonic
         clock.alarms.insert(0, self._serve)  # before leases run out: that traffic was served
@@ -84,6 +88,23 @@ class FakeTelemetry:
         self._up()
         compared = int(max(self.requests.get((model, v, True), 0.0) for v in (stable, candidate)))
         return Pairs(compared, 0)
+
+    def outcomes(self, model: str, stable: str, candidate: str, metric: str, since: float, wait: float) -> Outcomes:
+        """Requests are pairs where one of the two got copies. The better version is wrong only where the other is."""
+        self._up()
+        counted = {}
+        for version in (stable, candidate):
+            live, copied = (self.requests.get((model, version, shadow), 0.0) for shadow in (False, True))
+            counted[version] = (int(live), int(copied))
+        both = max(counted[stable][1], counted[candidate][1])
+        n = int(both * self.labelled)
+        apart = self.behaviour.get(candidate, Behaviour()).wrong - self.behaviour.get(stable, Behaviour()).wrong
+        other = round(n * apart)
+        alone = {v: int(max(counted[v][0] - both, 0) * self.labelled) for v in (stable, candidate)}
+        wrong = {v: round(alone[v] * self.behaviour.get(v, Behaviour()).wrong) for v in (stable, candidate)}
+        waiting = int(sum(counted[candidate]) * (1.0 - self.labelled))
+        single = {v: Sums(alone[v], wrong[v], wrong[v]) for v in (stable, candidate)}
+        return Outcomes(since, Sums(n, other, abs(other)), single[candidate], single[stable], waiting)
 
     def _up(self) -> None:
         if self.down:
