@@ -6,7 +6,7 @@ import errno
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -144,12 +144,19 @@ def deliver(
     expected: Annotated[Path | None, typer.Option(help="Rows with the framework's own predictions.")] = None,
     metrics: Annotated[Path | None, typer.Option(help="JSON file with the metrics of the training.")] = None,
     reason: Reason = "",
+    rps: Annotated[float | None, typer.Option(help="Expected requests a second; refuses a plan that is blind.")] = None,
     as_json: Json = False,
 ) -> None:
     """Register, check, let traffic on step by step, promote or take back. Waits for the end."""
     from flows.run import run_delivery
 
-    _, text, folder = _policy(policy)
+    parsed, text, folder = _policy(policy)
+    if rps is not None:
+        from flows import planning
+
+        problems = planning.planned(parsed, planning.Traffic(rps)).problems
+        if problems:
+            _fail("\n".join(problems), USAGE)
     sources = [str(file.resolve()) if file else None, f"models:/{model}/{version}" if version else None, source]
     given = [each for each in sources if each is not None]
     if len(given) != 1:
@@ -246,7 +253,69 @@ def abort(model: Model, reason: Reason = "", as_json: Json = False) -> None:
     _order(model, "abort", reason, as_json)
 
 
+@app.command(epilog="Example: lockgate explain flight-delay")
+def explain(
+    name: Annotated[str, typer.Argument(metavar="ROLLOUT|MODEL", help="A rollout, or a model: its newest one.")],
+    as_json: Json = False,
+) -> None:
+    """Why each decision fell, and what would have changed it. Reads the ledger alone; the platform may be down."""
+    from flows.explain import explained, lines
+    from flows.wiring import ledger
+
+    found = explained(ledger(_settings()), name)
+    _print(found) if as_json else out.print("\n".join(lines(found)), markup=False)
+
+
+@app.command(epilog="Example: lockgate labels flight-delay outcomes.csv")
+def labels(
+    model: Model,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV or Parquet: request_id, label (0 to 1), row.")],
+    as_json: Json = False,
+) -> None:
+    """Take in the truth on earlier requests, by their request id, for the quality gate. The later label wins."""
+    from flows.wiring import label_store
+
+    count = label_store(_settings()).add(model, file)
+    _print({"model": model, "labels": count}) if as_json else out.print(f"{model}: {count:,} labels stored")
+
+
 # ---------------------------------------------------------------- policies
+
+Rps = Annotated[float | None, typer.Option("--rps", help="Expected requests a second.")]
+ErrorRate = Annotated[float, typer.Option(help="Share of requests that fail in the stable version.")]
+SlowRate = Annotated[float, typer.Option(help="Share of its requests beyond the latency gate's SLO.")]
+LabelLag = Annotated[float, typer.Option(help="Seconds after which an answer's label comes.")]
+
+
+@app.command(epilog="Example: lockgate plan flights.yaml --rps 50")
+def plan(
+    policy: PolicyFile,
+    rps: Rps = None,
+    error_rate: ErrorRate = 0.001,
+    slow_rate: SlowRate = 0.01,
+    label_lag: LabelLag = 0.0,
+    measured: Annotated[str | None, typer.Option(metavar="MODEL", help="Measure the traffic of this model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """How long each stage will take and what each gate will see. Exit 2 where one could not see what it guards."""
+    from flows import planning
+
+    parsed, _, _ = _policy(policy)
+    if (rps is None) == (measured is None):
+        _fail("say the traffic with exactly one of --rps and --measured", USAGE)
+    if measured is not None:
+        from flows.wiring import connect
+
+        traffic = replace(planning.measure(connect(_settings()), measured, parsed), label_lag_s=label_lag)
+    else:
+        traffic = planning.Traffic(rps or 0.0, error_rate, slow_rate, label_lag)
+    made = planning.planned(parsed, traffic)
+    if as_json:
+        _print(planning.document(made, traffic))
+    else:
+        out.print("\n".join(planning.lines(made, traffic)), markup=False)
+    if made.problems:
+        _fail("\n".join(made.problems), USAGE)
 
 
 @policy_app.command(epilog="Example: lockgate policy check flights.yaml")
@@ -259,8 +328,8 @@ def check(policy: PolicyFile, as_json: Json = False) -> None:
         out.print(f"{parsed.name}: sound (digest {parsed.digest[:12]})")
 
 
-@policy_app.command(epilog="Example: lockgate policy explain flights.yaml")
-def explain(policy: PolicyFile, as_json: Json = False) -> None:
+@policy_app.command("explain", epilog="Example: lockgate policy explain flights.yaml")
+def explain_policy(policy: PolicyFile, as_json: Json = False) -> None:
     """What the policy will do, in sentences, defaults included."""
     from policies.words import explain as words
 

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.settings import Settings
 from infra.platform_local import (
@@ -22,6 +23,12 @@ from infra.platform_local import (
     Part as Part,
 )
 from tasks.ports import BadInput, Ledger, PortError, Ports
+
+if TYPE_CHECKING:
+    from infra.labels_arrow import LabelStore
+
+
+_BESIDE = (("Reconciler", "flows.reconcile"),)
 
 
 class SystemClock:
@@ -41,6 +48,7 @@ def platform(settings: Settings) -> LocalPlatform:
         prefect_port=settings.prefect_port,
         mlflow_port=settings.mlflow_port,
         gateway_port=settings.gateway_port,
+        beside=_BESIDE,
     )
 
 
@@ -84,7 +92,7 @@ def clear_demo(home: Path) -> None:
 
 def demo_platform(home: Path) -> LocalPlatform:
     """A platform of the demo's own, on free ports."""
-    return LocalPlatform(home, free_port(), free_port(), free_port())
+    return LocalPlatform(home, free_port(), free_port(), free_port(), beside=_BESIDE)
 
 
 def train_demo(home: Path) -> Part:
@@ -111,6 +119,13 @@ def ledger(settings: Settings) -> Ledger:
 
     settings.folder.mkdir(parents=True, exist_ok=True)
     return SqlLedger(settings.ledger_url or f"sqlite:///{settings.folder / 'ledger.db'}")
+
+
+def label_store(settings: Settings) -> LabelStore:
+    """Where labels that come later are kept; it needs no running platform."""
+    from infra.labels_arrow import LabelStore
+
+    return LabelStore(settings.folder / "agent")
 
 
 def supervisor_of(settings: Settings) -> int | None:

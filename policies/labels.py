@@ -141,9 +141,17 @@ def log_no_worse(learned: Learned) -> Any:
     return stats.log_mean_exp(learned.fine_pairs) + stats.log_mean_exp(learned.fine_apart)
 
 
-def shown(pairs: float, candidate: float, stable: float, margin: float, metric: str, z: float = 0.0) -> bool:
-    """Whether so many pairs, and labelled rows of each alone, show two equal versions to be no worse; `z` standard
-    deviations of bad luck included."""
+def shown(
+    pairs: float,
+    candidate: float,
+    stable: float,
+    margin: float,
+    metric: str,
+    z: float = 0.0,
+    alpha: float = 1.0 - CONFIDENCE,
+) -> bool:
+    """Whether so many pairs, and labelled rows of each alone, show with that `alpha` that a difference of 0 is below
+    the margin; `z` standard deviations of bad luck included."""
     single, paired = SPREAD[metric]
     both = max(candidate + stable, 1e-9)
     even = candidate * stable / both
@@ -156,7 +164,7 @@ def shown(pairs: float, candidate: float, stable: float, margin: float, metric: 
         costs = sum(n * (-math.log1p(-s) - s) for n, s in zip((candidate, stable), shares, strict=True))
         by_rows.append(even * stake * margin - costs * single - z * stake * math.sqrt(even * single))
     price = math.log(len(STAKES)) * ((pairs > 0) + (even > 0))
-    return max(by_pairs) + max(by_rows) - price >= -math.log(1.0 - CONFIDENCE)
+    return max(by_pairs) + max(by_rows) - price >= -math.log(alpha)
 
 
 # ---------------------------------------------------------------- a look

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies import gates, rates, stats
-from policies.policy import Drifting, Errors, Latency, Policy
+from policies import gates, labels, rates, stats
+from policies.policy import Drifting, Errors, Labelled, Latency, Policy
 from policies.stats import Margin
 
 POWER = 0.95
@@ -79,8 +79,12 @@ class _Flow:
         return max(self.length_s - self.burn_s, 0.0)
 
 
-def plan(policy: Policy, rps: float, error_rate: float = 0.001, slow_rate: float = 0.01) -> Plan:
+def plan(
+    policy: Policy, rps: float, error_rate: float = 0.001, slow_rate: float = 0.01, label_lag_s: float = 0.0
+) -> Plan:
     """The plan at `rps` requests a second, of which `error_rate` fail and `slow_rate` are slow in the stable version.
+
+    Each answer's label comes `label_lag_s` after it.
 
     Raises ValueError for traffic that is none, or for rates that are not shares.
     """
@@ -89,10 +93,15 @@ def plan(policy: Policy, rps: float, error_rate: float = 0.001, slow_rate: float
     for name, rate in (("error rate", error_rate), ("share of slow requests", slow_rate)):
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"the {name} is {rate}; give a share from 0 to 1")
+    if not (math.isfinite(label_lag_s) and label_lag_s >= 0):
+        raise ValueError(f"labels cannot lag by {label_lag_s} seconds; give 0 or more")
     flows = _flows(policy, rps)
     stages, problems = [], []
     for index, flow in enumerate(flows):
         asked = _gates(policy, flows, index, error_rate, slow_rate)
+        quality = policy.rollout.gates.quality
+        if quality is not None and quality.required and index == len(policy.rollout.stages) - 1:
+            asked = (*asked, _of_labels(quality, flows[: index + 1], label_lag_s, gates.alpha(policy)))
         slowest = max((gate.needs_s for gate in asked), default=0.0)
         stages.append(
             StagePlan(
@@ -162,6 +171,44 @@ def _of_drift(gate: Drifting, flows: tuple[_Flow, ...], index: int, factor: floa
     visible = gate.threshold + _Z * noise(end) if min(rows(end)) >= gate.rows_min else None
     needs = rows(counted)[0] if math.isfinite(counted) else math.inf
     return GatePlan("drift", limit, needs, flow.burn_s + counted, visible)
+
+
+def _of_labels(gate: Labelled, flows: tuple[_Flow, ...], lag_s: float, alpha: float) -> GatePlan:
+    """In the last stage before promotion: rows of all stages count, once their labels have come.
+
+    The losses vary as `labels.SPREAD` assumes.
+    """
+    before, flow = sum(f.length_s for f in flows[:-1]), flows[-1]
+
+    def rows(seconds: float) -> tuple[float, float, float]:
+        """(pairs, the candidate's alone, the stable version's alone), so many seconds into the last stage."""
+        left, found = before + seconds - lag_s, [0.0, 0.0, 0.0]
+        for index, each in enumerate(flows):
+            length = math.inf if index == len(flows) - 1 else each.length_s
+            counted = max(min(left, length) - each.burn_s, 0.0)
+            left -= min(max(left, 0.0), length)
+            if each.live == 0.0:
+                found[0] += each.candidate * counted
+            else:
+                found[1] += each.candidate * counted
+                found[2] += each.stable * counted
+        return found[0], found[1], found[2]
+
+    def enough(seconds: float) -> bool:
+        pairs, own, other = rows(seconds)
+        few = pairs + min(own, other) < gate.rows_min
+        return not few and labels.shown(pairs, own, other, gate.margin, gate.metric, _Z)
+
+    needs_s = _first(enough)
+    pairs, own, _ = rows(needs_s) if math.isfinite(needs_s) else (math.inf, 0.0, 0.0)
+    visible = _least(lambda worse: _sees_loss(gate, rows(flow.length_s), worse, alpha))
+    return GatePlan("quality", gate.margin, pairs + own, needs_s, visible)
+
+
+def _sees_loss(gate: Labelled, rows: tuple[float, float, float], worse: float, alpha: float) -> bool:
+    """A loss beyond half the margin is seen like the lack of one below it, with another confidence."""
+    beyond = worse - 0.5 * gate.margin
+    return beyond > 0 and labels.shown(*rows, min(beyond, 0.999), gate.metric, _Z, alpha)
 
 
 def _paces(flows: tuple[_Flow, ...], arm: str) -> list[tuple[_Flow, float]]:
@@ -258,7 +305,9 @@ def _least(seen: Callable[[float], bool]) -> float | None:
 
 
 def _problem(policy: Policy, flow: _Flow, gate: GatePlan) -> str:
-    unit = {"drift": "sampled rows", "disagreement": "pairs"}.get(gate.gate, "requests to the candidate")
+    unit = {"drift": "sampled rows", "disagreement": "pairs", "quality": "labelled requests"}.get(
+        gate.gate, "requests to the candidate"
+    )
     text = f"{flow.name}: '{gate.gate}' can hardly rule out {_margin_words(gate)} in {duration(flow.length_s)}"
     if not math.isfinite(gate.needs_s):
         return f"{text} at any length: give the candidate traffic, or a wider margin"
@@ -273,6 +322,8 @@ def _problem(policy: Policy, flow: _Flow, gate: GatePlan) -> str:
 
 
 def _margin_words(gate: GatePlan) -> str:
+    if gate.gate == "quality":
+        return f"a mean loss higher by {gate.margin:.3g}"
     if gate.gate in ("errors", "latency"):
         return f"{100 * gate.margin:.3g} points more"
     return f"a distance of {gate.margin:.3g}" if gate.gate == "drift" else f"{gate.margin:.2%} other answers"

@@ -1,0 +1,111 @@
+"""Why each decision of a rollout fell, from the ledger alone: statistic, interval, n, threshold, and what would have
+changed it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from flows.story import evidence_of, policy_of, reports_in
+from policies import gates
+from policies.events import from_body
+from policies.nearest import nearest
+from policies.rollout import OUTCOMES, Rollout, step
+from tasks.ports import Entry, Ledger, NotThere
+
+
+def explained(ledger: Ledger, name: str) -> dict[str, Any]:
+    """The decisions of the rollout of that name, or of the newest rollout of the model of that name; JSON-able.
+
+    A decision is a look, a check or an order that moved the rollout; of one under way also the newest look. Raises
+    NotThere if the ledger knows neither; PortError if it cannot be read.
+    """
+    entries = ledger.read(name)
+    if not entries:
+        newest = next(iter(ledger.rollouts(name)), None)
+        if newest is None:
+            raise NotThere(f"the ledger has no rollout '{name}', and none of a model of that name")
+        entries = ledger.read(newest)
+    state, decisions = _walk(entries)
+    return {
+        "rollout": entries[0].rollout,
+        "model": state.model,
+        "version": state.candidate,
+        "baseline": state.stable,
+        "outcome": OUTCOMES.get(state.phase, str(state.phase)),
+        "reason": state.reason,
+        "decisions": decisions,
+    }
+
+
+def _walk(entries: Sequence[Entry]) -> tuple[Rollout, list[dict[str, Any]]]:
+    policy, decisions = policy_of(entries), []
+    known = gates.begin(policy)
+    state: Rollout | None = None
+    looked: dict[str, Any] | None = None
+    for entry in entries:
+        before = state
+        state, _ = step(state, from_body(entry.kind, entry.body, entry.at, entry.number))
+        evidence = evidence_of(entry)
+        moved = before is not None and before.label != state.label
+        reports = [asdict(report) for report in reports_in(entry.body)]
+        decision = {
+            "number": entry.number, "at": entry.at, "by": entry.actor, "kind": entry.kind, "from": _label(before),
+            "to": state.label, "says": _says(entry, state), "reports": reports,
+        }  # fmt: skip
+        looked = None
+        if evidence is not None:
+            was, at_stage = known, int(entry.body["stage"])
+            known, _ = gates.look(policy, at_stage, was, evidence)
+            looked = decision
+            if moved or entry is entries[-1] or _is_last_look(entries, entry):
+                for report, body in zip(reports_in(entry.body), reports, strict=True):
+                    body["nearest"] = nearest(policy, at_stage, was, evidence, report)
+        if moved or (looked is not None and not state.ended and _is_last_look(entries, entry)):
+            decisions.append(decision)
+    assert state is not None
+    return state, decisions
+
+
+def _is_last_look(entries: Sequence[Entry], entry: Entry) -> bool:
+    last = next((each for each in reversed(entries) if each.body.get("evidence") is not None), None)
+    return last is entry
+
+
+def _label(state: Rollout | None) -> str:
+    return state.label if state is not None else ""
+
+
+def _says(entry: Entry, state: Rollout) -> str:
+    told = next((str(entry.body[key]) for key in ("says", "error", "reason") if entry.body.get(key)), "")
+    return told or (state.reason if state.ended else "")
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The same as text, a block per decision."""
+    told = [f"{found['rollout']}: {found['model']} v{found['version']}, {found['outcome']}: {found['reason'] or '-'}"]
+    start = found["decisions"][0]["at"] if found["decisions"] else 0.0
+    for each in found["decisions"]:
+        told.append(f"\n+{each['at'] - start:.0f} s  {each['from']} -> {each['to']}  ({each['kind']}, by {each['by']})")
+        if each["says"] and not each["reports"]:
+            told.append(f"  {each['says']}")
+        for report in each["reports"]:
+            told.append(f"  {report['verdict']:<5} {report['gate']}: {report['says']}")
+            numbers = _numbers(report)
+            if numbers:
+                told.append(f"        {numbers}")
+            if report.get("nearest"):
+                told.append(f"        would have changed it: {report['nearest']}")
+    return told
+
+
+def _numbers(report: dict[str, Any]) -> str:
+    parts = [f"{name} {report[name]:.4g}" for name in ("statistic", "estimate") if report[name] is not None]
+    if report["low"] is not None and report["high"] is not None:
+        parts.append(f"interval {report['low']:.4g} to {report['high']:.4g}")
+    if report["n"]:
+        parts.append(f"n {report['n']:,}")
+    if report["threshold"] is not None:
+        parts.append(f"threshold {report['threshold']:.4g}")
+    return ", ".join(parts) + (f" ({report['unit']})" if parts and report["unit"] else "")

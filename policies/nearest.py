@@ -1,0 +1,118 @@
+"""What would have changed a gate's word: the nearest value of what was seen at a look, all else as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from policies import gates
+from policies.evidence import LATENCY_EDGES_MS, Counts, Evidence
+from policies.gates import State
+from policies.policy import Policy
+from policies.verdict import GateReport, Verdict
+
+
+def nearest(policy: Policy, stage: int, before: State, evidence: Evidence, report: GateReport) -> str:
+    """The value nearest to the seen one with which the gate would have said something else, as a sentence.
+
+    `before` is what was known before this look. Counts are varied within this look and judged anew by the gate itself;
+    for the other gates it is the value that the report's number was held against.
+    """
+    if report.verdict is Verdict.ERROR:
+        return "evidence that can be read, and can be true"
+    if report.gate in ("errors", "latency"):
+        return _counted(policy, stage, before, evidence, report)
+    if report.gate == "disagreement" and evidence.pairs is not None:
+        return _differing(policy, stage, before, evidence, report)
+    return _held_against(report)
+
+
+def _held_against(report: GateReport) -> str:
+    if report.gate == "traffic" and report.verdict is Verdict.PASS and report.threshold is not None:
+        odds = report.threshold / (1.0 - report.threshold)
+        low, high = (times * odds / (1.0 + times * odds) for times in (0.5, 2.0))
+        return f"a share below {low:.1%} or above {high:.1%}, shown beyond chance"
+    if report.verdict is Verdict.HOLD or report.threshold is None:
+        return report.needs
+    sign = "below" if report.verdict is Verdict.FAIL else "at or above"
+    if report.verdict is Verdict.PASS and report.high is not None:
+        return f"an upper limit {sign} {report.threshold:.4g} instead of {report.high:.4g} ({report.unit})"
+    seen = "" if report.estimate is None else f" instead of {report.estimate:.4g}"
+    return f"a value {sign} {report.threshold:.4g}{seen} ({report.unit})"
+
+
+def _counted(policy: Policy, stage: int, before: State, evidence: Evidence, report: GateReport) -> str:
+    candidate, last = evidence.candidate, before.candidate
+    if candidate is None or last is None or candidate.epoch != last.epoch:
+        return report.needs
+    if report.gate == "errors":
+        low, seen, high = last.errors, candidate.errors, last.errors + candidate.requests - last.requests
+        what = "errors"
+    else:
+        gate = policy.rollout.gates.latency
+        assert gate is not None
+        within = sum(edge < gate.slo_ms for edge in LATENCY_EDGES_MS) + 1
+        low, seen = sum(last.latency[within:]), sum(candidate.latency[within:])
+        high = low + sum(candidate.latency) - sum(last.latency)
+        what = "slow requests"
+
+    def verdict(value: int) -> Verdict:
+        made = replace(candidate, errors=value) if report.gate == "errors" else _slower(candidate, within, value - seen)
+        return _said(policy, stage, before, replace(evidence, candidate=made), report.gate)
+
+    found = _search(verdict, low, seen, high)
+    if found is None:
+        return report.needs or f"no number of {what} at this look alone: the looks before had decided it"
+    return f"{found - low:,} {what} of the candidate at this look instead of {seen - low:,}: {verdict(found)}"
+
+
+def _slower(counts: Counts, within: int, more: int) -> Counts:
+    """The counts with so many more requests beyond the SLO (fewer, if negative), moved bucket by bucket."""
+    latency = list(counts.latency)
+    giving, taking = (range(within), within) if more > 0 else (range(within, len(latency)), 0)
+    left = abs(more)
+    for bucket in giving:
+        moved = min(latency[bucket], left)
+        latency[bucket] -= moved
+        latency[taking] += moved
+        left -= moved
+    return replace(counts, latency=tuple(latency))
+
+
+def _differing(policy: Policy, stage: int, before: State, evidence: Evidence, report: GateReport) -> str:
+    pairs = evidence.pairs
+    assert pairs is not None
+    low = int(before.paired.last_differing)
+    high = low + pairs.compared - int(before.paired.last_compared)
+
+    def verdict(value: int) -> Verdict:
+        made = replace(evidence, pairs=replace(pairs, differing=value))
+        return _said(policy, stage, before, made, report.gate)
+
+    found = _search(verdict, low, pairs.differing, high)
+    if found is None:
+        return report.needs or "no number of other answers at this look alone: the looks before had decided it"
+    return f"{found - low:,} other answers at this look instead of {pairs.differing - low:,}: {verdict(found)}"
+
+
+def _said(policy: Policy, stage: int, before: State, evidence: Evidence, gate: str) -> Verdict:
+    _, reports = gates.look(policy, stage, before, evidence)
+    return next((report.verdict for report in reports if report.gate == gate), Verdict.HOLD)
+
+
+def _search(verdict: Callable[[int], Verdict], low: int, seen: int, high: int) -> int | None:
+    """The value nearest to `seen`, from `low` to `high`, with another verdict; None if there is none at either end.
+
+    A verdict gets no better with more events, so that each side is searched by halving.
+    """
+    now = verdict(seen)
+    found: list[int] = []
+    for end in (low, high):
+        if not low <= seen <= high or verdict(end) is now:
+            continue
+        same, other = seen, end
+        while abs(other - same) > 1:
+            middle = (same + other) // 2
+            same, other = (middle, other) if verdict(middle) is now else (same, middle)
+        found.append(other)
+    return min(found, key=lambda value: abs(value - seen), default=None)

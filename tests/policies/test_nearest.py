@@ -1,0 +1,74 @@
+"""The nearest value that would have changed a word does change it, and a nearer one does not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from policies import gates
+from policies.evidence import Pairs
+from policies.nearest import nearest
+from policies.verdict import GateReport, Verdict
+from tests.benchmarks.faulty import POLICY, about_to_pass, counts, healthy
+
+TICKS = 1  # few enough that one more look can turn the verdict
+
+
+def early() -> gates.State:
+    state = gates.begin(POLICY)
+    for tick in range(TICKS):
+        state, _ = gates.look(POLICY, 1, state, healthy(tick))
+    return state
+
+
+def said(gate: str, **seen: object) -> GateReport:
+    _, reports = gates.look(POLICY, 1, early(), replace(healthy(TICKS), **seen))  # type: ignore[arg-type]
+    return next(report for report in reports if report.gate == gate)
+
+
+def told(gate: str, **seen: object) -> tuple[int, int, str]:
+    """(nearest, seen, verdict) as the sentence has them."""
+    evidence = replace(healthy(TICKS), **seen)  # type: ignore[arg-type]
+    text = nearest(POLICY, 1, early(), evidence, said(gate, **seen))
+    found = re.match(r"([\d,]+) .* instead of ([\d,]+): (\w+)", text)
+    assert found, text
+    return int(found[1].replace(",", "")), int(found[2].replace(",", "")), found[3]
+
+
+@pytest.mark.parametrize("errors", [0, 1, 30, 150])
+def test_errors(errors: int) -> None:
+    near, seen, verdict = told("errors", candidate=counts(600, errors))
+    assert seen == errors
+    first = said("errors", candidate=counts(600, errors)).verdict
+    nearer = near - 1 if near > errors else near + 1
+    assert said("errors", candidate=counts(600, near)).verdict == verdict
+    assert verdict != first
+    assert said("errors", candidate=counts(600, nearer)).verdict is first
+
+
+def test_slow_requests() -> None:
+    first = said("latency", candidate=counts(600, 0, 2)).verdict
+    near, seen, verdict = told("latency", candidate=counts(600, 0, 2))
+    assert seen == 2
+    assert verdict != first
+    assert said("latency", candidate=counts(602 - near, 0, near)).verdict == verdict
+
+
+def test_pairs() -> None:
+    first = said("disagreement", pairs=Pairs(400, 2)).verdict
+    near, _, verdict = told("disagreement", pairs=Pairs(400, 2))
+    assert verdict != first
+    assert said("disagreement", pairs=Pairs(400, near)).verdict == verdict
+    assert said("disagreement", pairs=Pairs(400, near - 1 if near > 2 else near + 1)).verdict is first
+
+
+def test_a_comparison_is_held_against_its_threshold() -> None:
+    text = nearest(POLICY, 1, about_to_pass(1), healthy(41), said("drift"))
+    assert text.startswith("an upper limit at or above")
+
+
+def test_what_could_not_be_read_would_have_had_to_be_read() -> None:
+    report = GateReport("errors", Verdict.ERROR, "down")
+    assert "can be read" in nearest(POLICY, 1, about_to_pass(1), healthy(41), report)
