@@ -6,6 +6,7 @@ nothing but time, and two at once do no harm. Scheduled, and run when the platfo
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from prefect import flow
 
@@ -22,7 +23,7 @@ from flows.deliver import BEGIN_S, Delivery, in_prefect, request_submission, who
 from flows.rollback import proven_before
 from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abort, over
 from flows.story import fold, policy_of
-from flows.wiring import connect
+from flows.wiring import configure, connect
 from policies.events import Phase
 from policies.policy import Policy
 from policies.rollout import Rollout
@@ -31,6 +32,7 @@ from tasks.outcome import set_champion
 from tasks.ports import Entry, NotThere, PortError, Ports
 
 _LOOKS = 3.0  # so many looks without an entry, beyond the lease, and a rollout has no controller any more
+_EVERY_S = 5.0
 _WORKERS = 16  # rollouts driven at once by one pass; the others wait for the next
 
 ChecksOf = Callable[[Sequence[Entry]], Checks]
@@ -55,9 +57,35 @@ def reconcile(at_once: bool = False) -> dict[str, Any]:
     ports = connect()
 
     def checks_of(entries: Sequence[Entry]) -> Checks:
-        return _checks(ports, entries)
+        return _checks(ports, entries, in_prefect)
 
     return asdict(reconcile_with(ports, whoami(), in_prefect, checks_of, at_once))
+
+
+def directly(task: Any, *args: Any, name: str = "") -> Any:  # noqa: ARG001 - a Runner; only Prefect shows names
+    """Runs a task's function without Prefect's engine: what was left behind is mended although its server is down."""
+    return task.fn(*args)
+
+
+def keep_reconciling(every_s: float = _EVERY_S) -> NoReturn:
+    """One pass after the other, from when the platform is up; prints what each did, and what it had to leave."""
+    at_once = True
+    while True:
+        try:
+            ports = connect()
+
+            def checks_of(entries: Sequence[Entry], ports: Ports = ports) -> Checks:
+                return _checks(ports, entries, directly)
+
+            done = reconcile_with(ports, whoami(), directly, checks_of, at_once)
+            at_once = False
+            for line in (*(f"{name}: {label}" for name, label in done.driven.items()), *done.mended):
+                print(line, flush=True)  # noqa: T201 - this is the process's log
+            for what, why in done.left.items():
+                print(f"left for the next pass: {what}: {why}", flush=True)  # noqa: T201 - as above
+        except PortError as exc:
+            print(f"nothing could be done: {exc}", flush=True)  # noqa: T201 - as above
+        time.sleep(every_s)
 
 
 def side_by_side(jobs: Jobs) -> None:
@@ -154,7 +182,7 @@ def target_of(entries: Sequence[Entry]) -> str:
     return str(entries[0].body.get("request", {}).get("target", "local"))
 
 
-def _checks(ports: Ports, entries: Sequence[Entry]) -> Checks:
+def _checks(ports: Ports, entries: Sequence[Entry], run: Runner) -> Checks:
     """The rollout's checks, from what its request says."""
     if "back_from" in entries[0].body:
         return proven_before
@@ -164,7 +192,7 @@ def _checks(ports: Ports, entries: Sequence[Entry]) -> Checks:
     preparation = Preparation(request_submission(request), suite)
 
     def checks(state: Rollout, policy: Policy) -> Any:
-        return run_checks(ports, policy, state, preparation, in_prefect)
+        return run_checks(ports, policy, state, preparation, run)
 
     return checks
 
@@ -249,3 +277,8 @@ def _champion(ports: Ports, model: str) -> str | None:
     except NotThere:
         return None
     return named.version if named else None
+
+
+if __name__ == "__main__":
+    configure()
+    keep_reconciling()

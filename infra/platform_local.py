@@ -161,6 +161,9 @@ class LocalPlatform:
     prefect_port: int = 4200
     mlflow_port: int = 5000
     gateway_port: int = 8080
+    beside: tuple[
+        tuple[str, str], ...
+    ] = ()  # (name, Python module) of processes that use the platform and live with it
     parts: list[Part] = field(default_factory=list)
 
     def start(self, progress: Callable[[str], None] = lambda _text: None) -> Addresses:
@@ -185,6 +188,10 @@ class LocalPlatform:
         partial = self.home / "platform.json.part"
         partial.write_text(json.dumps(asdict(addresses)))
         partial.rename(self.home / "platform.json")
+        for name, module in self.beside:
+            part = self._part(name, ["-m", module], lambda: True, {"LOCKGATE_HOME": str(self.home)})
+            part.start()
+            self.parts.append(part)
         return addresses
 
     def addresses(self) -> Addresses:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from flows.story import fold
+from infra.ledger_sql import SqlLedger
 from tests.e2e import toy
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -264,3 +266,45 @@ def test_without_a_platform_the_command_says_how_to_start_one(platform: Platform
     run = platform.lockgate("status", LOCKGATE_HOME=str(tmp_path / "nothing"))
     assert run.code == 3
     assert "lockgate up" in run.err
+
+
+def test_a_delivery_whose_process_is_killed_in_mid_canary_ends_all_the_same(platform: Platform, first: Path) -> None:
+    """kill -9 of the controller: the reconciler goes on, or takes the traffic back; no request fails."""
+    folder = toy.make(platform.files / "v7", seed=7)
+    files = ("--file", folder / "model.onnx", "--validation", folder / "validation.csv")
+    command = [sys.executable, "-m", "flows.cli", "deliver", "toy", *files, "--policy", platform.files / "toy.yaml"]
+    with Traffic(platform) as traffic:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            env={**os.environ, **platform.env},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_until(lambda: state_of(platform).startswith("canary"), 120)
+        process.kill()
+        process.wait(30)
+        wait_until(lambda: state_of(platform) in ("promoted", "rolled back"), 120)
+    assert traffic.failed == 0
+    serving = platform.predict().headers["x-lockgate-version"]
+    seen = platform.lockgate("status", "--json").json["models"][0]
+    assert seen["traffic"] == f"v{serving} 100 %"
+    assert seen["champion"] == serving
+    assert platform.lockgate("audit", "verify").code == 0
+    assert platform.lockgate("audit", "replay", seen["rollout"]).code == 0
+
+
+def state_of(platform: Platform) -> str:
+    """Where the newest rollout stands, from the ledger: a command would take longer than a stage."""
+    ledger = SqlLedger(f"sqlite:///{platform.home / 'ledger.db'}")
+    try:
+        state = fold(ledger.read(ledger.rollouts("toy")[0]))
+    finally:
+        ledger.close()
+    return state.label if state else ""
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.2)
