@@ -1,7 +1,8 @@
 """What the gates promise, counted: `python -m tests.benchmarks.bench_gates [--scale 1.0] [--only aa,power,...]`.
 
 Every figure comes from simulated rollouts with a fixed seed, through the functions that judge real ones; the rules of
-Kayenta, Flagger and Argo Rollouts judge the very same streams. Prints tables, writes `build/benchmarks/gates.json`.
+Kayenta, Flagger and Argo Rollouts judge the very same streams. Prints tables, writes `build/benchmarks/gates.json`
+and plots in `build/benchmarks/gates/`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from policies.policy import Drifting, Policy, parse
 from policies.stats import Margin
 from policies.verdict import Verdict
 from tests.benchmarks import faulty
+from tests.benchmarks.gate_plots import draw
 from tests.benchmarks.judges import Lockgate, compare, drift_verdicts
+from tests.benchmarks.labelled import quality_alarms
 from tests.benchmarks.peers import Argo, Flagger, Judge, Kayenta
 from tests.benchmarks.streams import Part, Tick, World, counts, ticks
 
 HOUR = (Part(120, 1.0, copies=True), Part(300, 0.05), Part(600, 0.25), Part(600, 0.5), Part(1980, 0.9, watch=True))
 ERRORS, LATENCY = Margin(1.0, 0.005), Margin(1.0, 0.01)
-BUDGET, GATES, RUNGS = 0.05, 4, len(HOUR)
+BUDGET, GATES, RUNGS = 0.05, 5, len(HOUR)
 Flags = NDArray[np.bool_]
 
 
@@ -123,12 +126,16 @@ def aa(report: Report, scale: float) -> None:
     rps = 10 ** np.random.default_rng(7).uniform(0.0, 3.0, rollouts)
     drifted = drift_alarms(rollouts, 300, seed=21)
     differing, _ = disagreement_alarms(rollouts, 0.05, 0.05, seed=22)
+    mislabelled, _ = quality_alarms(rps, HOUR, 0.0, 0.02, BUDGET / GATES, 300.0)
+    # At the very edge of what is tolerated, where alarms are likeliest: half the margin worse.
+    edge, _ = quality_alarms(rps, HOUR, 0.01, 0.02, BUDGET / GATES, 300.0, seed=62)
+    report.check("quality, half the margin worse: rolled back", float(edge.mean()), f"<= {BUDGET / GATES}")
     for name, outages in (("A/A", 0.0), ("A/A with outages of both", 1.0)):
         world = World(rps, outages=outages)
         judges: list[Judge] = [ours(rollouts), *peers(rollouts)]
         drive(world, HOUR, 10.0, 1, judges)
         table = {judge.name: float(judge.failed.mean()) for judge in judges}
-        union = judges[0].failed | drifted | differing
+        union = judges[0].failed | drifted | differing | mislabelled
         table["lockgate, all gates"] = float(union.mean())
         report.raw[name] = {"rollouts": rollouts, "looks": 360, "rolled back": table}
         print(f"  {name}: rolled back: " + ", ".join(f"{who} {share:.1%}" for who, share in table.items()))
@@ -176,7 +183,24 @@ def power(report: Report, scale: float) -> None:
     print(f"  1 % of answers flipped (margin 0.2 %): {_caught(over, pairs)} of {enough.sum()}")
     share = over[_pairs_seen(rollouts, 33) > 3000].mean()
     report.check("1 % of answers flipped in shadow: caught, of those with 3,000 pairs", share, ">= 0.95")
-    report.raw["quality"] = "not measured: there is no gate on labels that come later yet"
+    quality(report, rollouts)
+
+
+def quality(report: Report, rollouts: int) -> None:
+    """Labels of four answers in five come, ten minutes late. Pairs show in minutes what takes a canary hours."""
+    rps = np.full(rollouts, 100.0)
+    shadow, canary = (Part(900, 1.0, copies=True), Part(2700, 0.10)), (Part(3600, 0.10),)
+    for name, parts, worse, margin, bar in (
+        ("quality -1 point, margin 1 point, shadow 15 min, canary 10 %", shadow, 0.01, 0.01, 0.95),
+        ("quality -5 points, margin 2 points, shadow 15 min, canary 10 %", shadow, 0.05, 0.02, 0.95),
+        ("quality -5 points, margin 2 points, canary 10 % alone", canary, 0.05, 0.02, 0.95),
+        ("quality -1 point, margin 1 point, canary 10 % alone", canary, 0.01, 0.01, None),
+    ):
+        row = _caught(*quality_alarms(rps, parts, worse, margin, BUDGET / GATES, 600.0, seed=63))
+        report.raw[name] = {"lockgate": row}
+        print(f"  {name}: caught {row['caught']:.0%}, median {row['median']}, p95 {row['p95']} requests")
+        if bar is not None:
+            report.check(f"{name}: caught within an hour", row["caught"], f">= {bar}")
 
 
 def _pairs_seen(rollouts: int, seed: int) -> NDArray[np.float64]:
@@ -327,6 +351,8 @@ def main() -> int:
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     body = {**asdict(report), "machine": {**machine, "seconds": round(time.time() - began, 1)}}
     chosen.out.write_text(json.dumps(body, indent=1))
+    for path in draw(report.raw, chosen.out.parent / "gates"):
+        print(f"  {path}")
     missed = [check["what"] for check in report.checks if not check["holds"]]
     print(f"{len(report.checks) - len(missed)} of {len(report.checks)} hold; {time.time() - began:.0f} s; {chosen.out}")
     return 1 if missed else 0

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from policies import gates
-from policies.evidence import LATENCY_EDGES_MS, ColumnDrift, Counts, Drift, Evidence, Pairs
+from policies.evidence import LATENCY_EDGES_MS, ColumnDrift, Counts, Drift, Evidence, Outcomes, Pairs, Sums
 from policies.gates import State
 from policies.policy import Policy, parse
 from policies.verdict import GateReport, Verdict, worst
 
-GATES = ("errors", "latency", "drift", "disagreement")
+GATES = ("errors", "latency", "drift", "disagreement", "quality")
 KINDS = (
     "no data", "stale", "NaN", "infinite", "empty", "counter reset", "negative", "one arm only",
     "below the minimum", "source error", "source time-out", "clock going back",
@@ -31,12 +31,12 @@ rollout:
   stages:
     - shadow: {share: 0.5, for: 60s}
     - shadow: {share: 1.0, for: 60s}
-    - canary: {weight: 20, for: 60s}
   gates:
     errors: {margin: 0.02}
     latency: {slo_ms: 20, margin: 0.03}
     drift: {rows_min: 500}
     disagreement: {margin: 0.05}
+    quality: {margin: 0.05}
 """
 )
 
@@ -51,7 +51,8 @@ def healthy(tick: int) -> Evidence:
     """What a good version looks like after so many ticks of 200 requests to each version."""
     drift = Drift(3000, 3000, (ColumnDrift("prediction", "wasserstein", 0.03, 0.5, high=0.06),), 0.5)
     n = 200 * tick
-    return Evidence(1000.0 + tick, counts(n), counts(n), drift, Pairs(n, n // 500))
+    labelled = Outcomes(1000.0, pairs=Sums(n, 0.0, n // 50), waiting=100)
+    return Evidence(1000.0 + tick, counts(n), counts(n), drift, Pairs(n, n // 500), outcomes=labelled)
 
 
 @functools.cache
@@ -92,7 +93,7 @@ def case(gate: str, kind: str, draw: random.Random, longest: int = 29) -> Case:
         back = draw.choice([0.001, 1.0, 3600.0, 1e9])
         return Case(about_to_pass(1), 1, (replace(healthy(41), at=1040.0 - back),))
     if kind in ("source error", "source time-out"):
-        source = {"drift": "drift", "disagreement": "pairs"}.get(gate, "counts")
+        source = {"drift": "drift", "disagreement": "pairs", "quality": "labels"}.get(gate, "counts")
         text = "HTTP 500" if kind == "source error" else f"no answer after {draw.randint(1, 30)} s"
         looks = tuple(replace(healthy(41 + i), problems={source: text}) for i in range(draw.randint(1, longest)))
         if source == "counts" and draw.random() < 0.5:
@@ -100,7 +101,7 @@ def case(gate: str, kind: str, draw: random.Random, longest: int = 29) -> Case:
         return Case(about_to_pass(1), 1, looks)
     if gate in ("errors", "latency"):
         return _counted(gate, kind, draw, longest)
-    return _compared(gate, kind, draw, longest)
+    return _labelled(kind, draw, longest) if gate == "quality" else _compared(gate, kind, draw, longest)
 
 
 def _counted(gate: str, kind: str, draw: random.Random, longest: int) -> Case:
@@ -152,6 +153,32 @@ def _spoilt(gate: str, was: Counts, value: Any, draw: random.Random) -> Counts:
         return replace(was, **{draw.choice(["requests", "errors"]): value})
     at = draw.randrange(_BUCKETS)
     return replace(was, latency=(*was.latency[:at], value, *was.latency[at + 1 :]))
+
+
+def _labelled(kind: str, draw: random.Random, longest: int) -> Case:
+    state, good = about_to_pass(1), healthy(41)
+    n = 200 * 41
+    if kind in ("no data", "stale"):
+        # In a new stage, no label has come yet, or only those that were there before.
+        old = None if kind == "no data" else healthy(40).outcomes
+        looks = tuple(replace(good, at=1041.0 + i, outcomes=old) for i in range(draw.randint(1, longest)))
+        return Case(about_to_pass(0), 1, looks)
+    few = draw.randint(1, 199)
+    seen = {
+        "empty": Outcomes(1000.0),
+        "counter reset": Outcomes(1000.0, pairs=Sums(draw.randint(0, 7999), 0.0, 0.0)),
+        "one arm only": Outcomes(1000.0, **{draw.choice(["stable", "candidate"]): Sums(n, n // 10, n // 10)}),
+        "below the minimum": Outcomes(1000.0, pairs=Sums(few, 0.0, 0.0), waiting=draw.randint(0, 10**6)),
+    }.get(kind)
+    if seen is not None:
+        start = state if kind == "counter reset" else gates.begin(POLICY)
+        return Case(start, 1, (replace(good, outcomes=seen),))
+    value: Any = {"NaN": float("nan"), "infinite": draw.choice([1, -1]) * float("inf")}.get(kind, -draw.randint(1, 99))
+    field = draw.choice(["n", "squares"] if kind == "negative" else ["n", "total", "squares"])
+    arm = draw.choice(["pairs", "stable", "candidate"])
+    sums = replace(Sums(n, 0.0, 10.0), **{field: value})
+    assert good.outcomes is not None
+    return Case(state, 1, (replace(good, outcomes=replace(good.outcomes, **{arm: sums})),))
 
 
 def _compared(gate: str, kind: str, draw: random.Random, longest: int) -> Case:
