@@ -356,11 +356,13 @@ def schema() -> None:
     epilog="Example: lockgate serve model.onnx --port 8081",
 )
 def serve(context: typer.Context, path: Annotated[Path, typer.Argument(metavar="PATH", help="An .onnx file.")]) -> None:
-    """One model server on a file, without gateway or registry. Further options: lockgate serve PATH --help-server."""
+    """One model server on a file, named after it, without gateway or registry. Options: serve PATH --help-server."""
     from serving.server import main as server
 
     extra = ["--help" if each == "--help-server" else each for each in context.args]
-    raise typer.Exit(server(["--path", str(path), *extra]) or 0)
+    named = any(each.split("=")[0] == "--model" for each in extra)
+    name = () if named else ("--model", path.stem)
+    raise typer.Exit(server(["--path", str(path), *name, *extra]) or 0)
 
 
 @app.command(epilog="Example: lockgate demo --json demo.json")
