@@ -176,5 +176,6 @@ class LiveView:
             return
         weight, _ = weights(state)
         words = ", ".join(f"{report.gate} {report.verdict}" for report in followed.reports)
-        extra = f"; {self.below()}" if self.below else ""
+        below = self.below() if self.below else ""
+        extra = f"; {below}" if below else ""
         self.say(f"            {state.label}, {weight} % on v{state.candidate}; {words or 'checking'}{extra}")

@@ -46,6 +46,8 @@ def run_delivery(
 
     def work() -> dict[str, Any]:
         configure(settings)
+        if out is not None:
+            out.print(f"{request['model']}: looking at what was handed in, and registering it", markup=False)
         from flows.deliver import Delivery, deliver
 
         asked = Delivery.model_validate({"by": f"{getpass.getuser()}", **request})
