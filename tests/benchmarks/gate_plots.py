@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def _bars(table: dict[str, dict[str, float]], title: str, unit: str, path: Path,
             width,
             label=judge,
         )
-    axes.set_xticks([case + 0.4 - width / 2 for case in range(len(table))], list(table), fontsize=7)
+    axes.set_xticks(
+        [case + 0.4 - width / 2 for case in range(len(table))], [textwrap.fill(name, 24) for name in table], fontsize=7
+    )
     axes.set(title=title, ylabel=unit)
     if log:
         axes.set_yscale("log")
