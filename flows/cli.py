@@ -91,7 +91,7 @@ def up(
     mlflow_port: Annotated[int | None, typer.Option(help="Port of the MLflow server and UI.")] = None,
     gateway_port: Annotated[int | None, typer.Option(help="Port of the gateway, for predictions.")] = None,
 ) -> None:
-    """Start the local platform: Prefect, MLflow, node agent and gateway."""
+    """Start the local platform: Prefect, MLflow, node agent with gateway, and the reconciler."""
     from flows import platform
 
     given = {"prefect_port": prefect_port, "mlflow_port": mlflow_port, "gateway_port": gateway_port}

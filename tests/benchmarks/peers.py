@@ -10,6 +10,8 @@ Argo Rollouts each five minutes a measurement with `successCondition: result[0] 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
@@ -41,7 +43,7 @@ def mann_whitney(experiment: Array, control: Array, confidence: float = 0.98, to
     return found
 
 
-class Judge:
+class Judge(ABC):
     """One rule on a batch of rollouts: who was rolled back, and after how many of the candidate's requests."""
 
     name = ""
@@ -60,9 +62,9 @@ class Judge:
         self.requests[fresh] = self.seen[fresh]
         self.failed |= fresh
 
+    @abstractmethod
     def decide(self, tick: Tick) -> NDArray[np.bool_]:
         """Who is rolled back at this tick."""
-        raise NotImplementedError
 
 
 class _Windowed(Judge):
@@ -85,9 +87,9 @@ class _Windowed(Judge):
         self.sums += np.array([tick.n_c, tick.k_c, tick.n_s, tick.k_s])
         return fails
 
+    @abstractmethod
     def window(self, n_c: Array, k_c: Array, n_s: Array, k_s: Array) -> NDArray[np.bool_]:
         """Who is rolled back after this window."""
-        raise NotImplementedError
 
 
 class Flagger(_Windowed):
