@@ -217,7 +217,7 @@ class Controller:
         if effect.do is Do.CHECK:
             reports = self._outdated() or tuple(self.checks(self.state, self.policy))
             verdict = worst(report.verdict for report in reports)
-            extra = {"reports": [asdict(report) for report in reports]}
+            extra = {"reports": [dict(vars(report)) for report in reports]}
             return Checked(0.0, 0, _settle(verdict), _because(verdict, reports)), {"extra": extra, "reports": reports}
         if effect.do is Do.DEPLOY:
             self._ensure_stable(effect)
@@ -344,7 +344,7 @@ class Controller:
         verdict = worst(report.verdict for report in reports)
         extra = {
             "stage": number,
-            "reports": [asdict(report) for report in reports],
+            "reports": [dict(vars(report)) for report in reports],
             "evidence": asdict(evidence),
         }
         event = Looked(0.0, 0, verdict, _because(verdict, reports))

@@ -19,9 +19,23 @@ def policy_of(entries: Sequence[Entry]) -> Policy:
     return Policy.model_validate(entries[0].body["policy"])
 
 
+_folded: dict[str, Rollout] = {}  # by the hash of the last entry taken in, which stands for all that came before it
+_FOLDED_MAX = 512
+
+
 def fold(entries: Sequence[Entry]) -> Rollout | None:
-    """The state of the rollout that the entries tell of; None without entries."""
-    return rollout.fold(from_body(entry.kind, entry.body, entry.at, entry.number) for entry in entries)
+    """The state of the rollout that the entries tell of, from its first one on; None without entries.
+
+    Whoever asks again (a reconciler does so every few seconds) pays for the new entries only.
+    """
+    known = next((n for n in range(len(entries), 0, -1) if entries[n - 1].hash in _folded), 0)
+    state = _folded[entries[known - 1].hash] if known else None
+    state = rollout.fold((from_body(e.kind, e.body, e.at, e.number) for e in entries[known:]), state)
+    if state is not None:
+        if len(_folded) >= _FOLDED_MAX:
+            _folded.clear()
+        _folded[entries[-1].hash] = state
+    return state
 
 
 def evidence_of(entry: Entry) -> Evidence | None:

@@ -62,16 +62,19 @@ class NotCanonical(ValueError):
 # ---------------------------------------------------------------- the written form
 
 
+_text = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
+
+
 def canonical(value: Any) -> str:
     """The value as JSON, the same text for the same value always. Raises NotCanonical for what JSON cannot hold."""
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        return _text(value)
     except ValueError:
         pass  # a NaN somewhere, most likely: written the long way below
     except (TypeError, RecursionError) as exc:
         raise NotCanonical(f"cannot be written to the ledger: {exc}; use numbers, texts, lists and objects") from exc
     try:
-        return json.dumps(_finite(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        return _text(_finite(value))
     except (ValueError, TypeError, RecursionError) as exc:
         raise NotCanonical(f"cannot be written to the ledger: {exc}") from exc
 

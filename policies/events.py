@@ -173,7 +173,7 @@ KINDS: Mapping[str, type[Event]] = {
 
 def to_body(event: Event) -> tuple[str, dict[str, Any]]:
     """The event as a ledger entry's kind and JSON-able body (time and number are the entry's own)."""
-    body = asdict(event)
+    body = asdict(event) if isinstance(event, Requested) else dict(vars(event))  # only a request has parts of its own
     del body["at"], body["number"]
     return type(event).__name__.lower(), body
 

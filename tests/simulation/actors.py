@@ -1,21 +1,22 @@
 """Several processes on one virtual clock, in one real process: at any moment one runs, and chance says which is next.
 
-An actor is a thread that runs only while it has the baton, and gives it back when it sleeps; so the same seed gives
-the same order of everything. An actor that is doomed dies at the next thing that it tries (`Killed`, a BaseException,
-so that no `except Exception` survives it), and so does what its `finally` blocks try: a dead process does nothing.
+An actor is a greenlet: it runs until it sleeps; so the same seed gives the same order of everything. An actor that is
+doomed dies at the next thing that it tries (`Killed`, a BaseException, so that no `except Exception` survives it), and
+so does what its `finally` blocks try: a dead process does nothing.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
-import threading
 from collections.abc import Callable
 from typing import Any
 
+from greenlet import getcurrent, greenlet
+
 from tests.fakes.clock import FakeClock
 
-DEADLINE_S = 60.0  # real seconds that an actor may run without giving the baton back: else it hangs for good
+_CALLS_MAX = 10_000  # that may be made while no time passes: whoever makes more will never wait
 
 
 class Killed(BaseException):
@@ -53,8 +54,7 @@ class Actor:
         self.doomed = False
         self.ended = False
         self.error: Exception | None = None
-        self.thread: threading.Thread | None = None
-        self.go = threading.Semaphore(0)
+        self.life: greenlet | None = None
 
 
 class Actors:
@@ -66,7 +66,8 @@ class Actors:
         self.all: list[Actor] = []
         self._queue: list[tuple[float, float, int, Actor]] = []
         self._count = 0
-        self._back = threading.Semaphore(0)
+        self._calls, self._calls_at = 0, 0.0
+        self._hub = getcurrent()
         clock.wait = self._sleep
 
     def spawn(self, name: str, work: Callable[[], Any], after: float = 0.0) -> Actor:
@@ -77,24 +78,28 @@ class Actors:
         return actor
 
     def check_alive(self) -> None:
-        """Raises Killed in an actor that is doomed."""
+        """Asked before each call. Raises Killed in an actor that is doomed, RuntimeError in one that never waits."""
         if self.current is not None and self.current.doomed:
             raise Killed
+        self._calls = self._calls + 1 if self._calls_at == self.clock.monotonic else 0
+        self._calls_at = self.clock.monotonic
+        if self._calls > _CALLS_MAX:
+            raise RuntimeError(f"{_CALLS_MAX:,} calls at one moment")
 
     def run(self, until: float) -> None:
         """Runs everybody until nobody waits, or the moment (monotonic) is reached."""
         while self._queue and self._queue[0][0] <= until:
             when, _, _, actor = heapq.heappop(self._queue)
             self.clock.pass_to(when)
-            self._give_baton(actor)
+            self._let_run(actor)
 
     def end(self) -> None:
         """Nobody outlives the run."""
         while self._queue:
             *_, actor = heapq.heappop(self._queue)
             actor.doomed = True
-            if actor.thread is not None:
-                self._give_baton(actor)
+            if actor.life is not None:
+                self._let_run(actor)
 
     def _push(self, when: float, actor: Actor) -> None:
         self._count += 1
@@ -108,22 +113,19 @@ class Actors:
             return
         self.check_alive()
         if not self._queue or self._queue[0][0] > when:
-            self.clock.pass_to(when)  # nobody else wants to run before: no need to change threads
+            self.clock.pass_to(when)  # nobody else wants to run before
         else:
             self._push(when, actor)
-            self._back.release()
-            actor.go.acquire()
+            self._hub.switch()
         self.check_alive()
 
-    def _give_baton(self, actor: Actor) -> None:
+    def _let_run(self, actor: Actor) -> None:
         self.current = actor
-        if actor.thread is None:
-            actor.thread = threading.Thread(target=self._live, args=(actor,), name=actor.name, daemon=True)
-            actor.thread.start()
+        if actor.life is None:
+            actor.life = greenlet(self._live)
+            actor.life.switch(actor)
         else:
-            actor.go.release()
-        if not self._back.acquire(timeout=DEADLINE_S):
-            raise TimeoutError(f"{actor.name} has run for {DEADLINE_S:.0f} s without waiting for anything")
+            actor.life.switch()
         self.current = None
 
     def _live(self, actor: Actor) -> None:
@@ -136,4 +138,3 @@ class Actors:
             actor.error = exc
         finally:
             actor.ended = True
-            self._back.release()

@@ -1,20 +1,29 @@
 """`python -m tests.simulation.run --rollouts N --seed S`: simulates until N rollouts have been driven to their end.
 
-`--replay SEED` plays one seed again and shows everything that happens in it.
+Seed after seed from S on, spread over the machine's cores; what becomes of a seed depends on nothing but the seed, and
+which seeds are played on nothing but S and N. So `--seed S --rollouts 1` plays the seed S again, and `--replay S` shows
+everything that happens in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
 
 from tests.simulation.promises import breaches
 from tests.simulation.scenario import scenario
 from tests.simulation.world import Run
 
-REPLAY = "python -m tests.simulation.run --replay {seed}"
+REPLAY = 'make simulate ARGS="--seed {seed} --rollouts 1"'
+_PART = 50  # runs that a process is given at a time
 
 
 @dataclass
@@ -24,8 +33,15 @@ class Tally:
     runs: int = 0
     rollouts: int = 0
     seconds: float = 0.0
-    outcomes: dict[str, int] = field(default_factory=dict)
+    outcomes: Counter[str] = field(default_factory=Counter)
     broken: dict[int, list[str]] = field(default_factory=dict)
+
+    def add(self, more: Tally) -> None:
+        """Takes in what was simulated beside it."""
+        self.runs += more.runs
+        self.rollouts += more.rollouts
+        self.outcomes.update(more.outcomes)
+        self.broken.update(more.broken)
 
     def lines(self) -> list[str]:
         """For people: the figures, then each broken seed with the command that replays it."""
@@ -37,21 +53,45 @@ class Tally:
         return said
 
 
-def simulate(rollouts: int, base: int, broken_max: int = 10) -> Tally:
+def simulate(rollouts: int, base: int, broken_max: int = 10, processes: int | None = None) -> Tally:
     """Seeds from `base` on, until so many rollouts have ended, or so many seeds have broken a promise."""
     tally, began = Tally(), time.perf_counter()
-    while tally.rollouts < rollouts and len(tally.broken) < broken_max and tally.runs < 10 * rollouts:
-        seed = base + tally.runs
+    for part in _parts(base, rollouts, processes or len(os.sched_getaffinity(0))):
+        tally.add(part)
+        if tally.rollouts >= rollouts or len(tally.broken) >= broken_max:
+            break
+    tally.seconds = time.perf_counter() - began
+    return tally
+
+
+def _parts(base: int, rollouts: int, processes: int) -> Iterator[Tally]:
+    """What became of the seeds from `base` on, in their order, without end."""
+    if processes == 1 or rollouts <= _PART:
+        yield from (simulate_seeds(seed, 1) for seed in count(base))
+        return
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        ahead: list[Future[Tally]] = []
+        for seed in count(base, _PART):
+            ahead.append(pool.submit(simulate_seeds, seed, _PART))
+            if len(ahead) > 2 * processes:
+                try:
+                    yield ahead.pop(0).result()
+                except GeneratorExit:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+
+
+def simulate_seeds(base: int, runs: int) -> Tally:
+    """So many seeds, one after the other."""
+    tally = Tally(runs=runs)
+    for seed in range(base, base + runs):
         run = play(seed)
         found = breaches(run)
         if found:
             tally.broken[seed] = found
-        tally.runs += 1
-        states = run.states()
-        tally.rollouts += len(states)
-        for state in states:
-            tally.outcomes[str(state.phase)] = tally.outcomes.get(str(state.phase), 0) + 1
-    tally.seconds = time.perf_counter() - began
+        phases = [str(state.phase) for state in run.states()]
+        tally.rollouts += len(phases)
+        tally.outcomes.update(phases)
     return tally
 
 

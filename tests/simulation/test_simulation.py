@@ -10,7 +10,7 @@ from policies.events import Phase
 from tests.simulation.run import play, simulate
 from tests.simulation.scenario import scenario
 
-ROLLOUTS = int(os.environ.get("LOCKGATE_SIMULATE", "2000"))
+ROLLOUTS = int(os.environ.get("LOCKGATE_SIMULATE", "10000"))
 
 
 @pytest.mark.timeout(900)

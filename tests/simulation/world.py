@@ -284,7 +284,7 @@ class Run:
         living: list[Actor] = [
             actor
             for actor in self.actors.all
-            if actor.thread is not None and not actor.ended and not actor.name.startswith(("fate", "late"))
+            if actor.life is not None and not actor.ended and not actor.name.startswith(("fate", "late"))
         ]
         if living:
             victim = self.chance.choice(living)
