@@ -19,7 +19,7 @@ from flows.cli_record import audit_app, quarantine_app
 from flows.settings import Settings
 
 if TYPE_CHECKING:
-    from policies.policy import Policy
+    from flows.policy import Found
 
 DONE, REFUSED, USAGE, UNFINISHED = 0, 1, 2, 3
 
@@ -61,23 +61,15 @@ def _print(document: Any) -> None:
     out.print_json(json.dumps(document, default=str))
 
 
-def _policy(path: Path) -> tuple[Policy, str, Path]:
-    """The policy, its text and its folder. A name without a file is looked for among the ready-made ones."""
-    from policies import policy
+def _policy(wanted: Path) -> Found:
+    """The policy in the file, or of that name."""
+    from flows.policy import find
+    from policies.policy import PolicyError
+    from tasks.ports import BadInput
 
-    library = Path(policy.__file__).parent / "library"
-    if not path.exists() and (library / f"{path}.yaml").is_file():
-        path = library / f"{path}.yaml"
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as exc:
-        ready = ", ".join(
-            sorted(file.stem for file in library.glob("*.yaml") if not file.stem.endswith("expectations"))
-        )
-        _fail(f"policy {path} cannot be read ({exc}); ready-made policies: {ready}", USAGE)
-    try:
-        return policy.parse(text, str(path)), text, path.resolve().parent
-    except policy.PolicyError as exc:
+        return find(_settings().shelf, str(wanted))
+    except (BadInput, PolicyError) as exc:
         _fail(str(exc), USAGE)
 
 
@@ -91,7 +83,7 @@ def up(
     mlflow_port: Annotated[int | None, typer.Option(help="Port of the MLflow server and UI.")] = None,
     gateway_port: Annotated[int | None, typer.Option(help="Port of the gateway, for predictions.")] = None,
 ) -> None:
-    """Start the local platform: Prefect, MLflow, node agent with gateway, and the reconciler."""
+    """Start the local platform: Prefect, MLflow, node agent with gateway, worker and reconciler."""
     from flows import platform
 
     given = {"prefect_port": prefect_port, "mlflow_port": mlflow_port, "gateway_port": gateway_port}
@@ -137,7 +129,7 @@ def deliver(
     model: Model,
     policy: Annotated[Path, typer.Option("--policy", "-p", help="The policy file, or the name of a ready-made one.")],
     file: Annotated[Path | None, typer.Option("--file", "-f", help="An .onnx file to register and deliver.")] = None,
-    version: Annotated[str | None, typer.Option("--version", help="A version that is registered already.")] = None,
+    version: Annotated[int | None, typer.Option("--version", help="A version that is registered already.")] = None,
     source: Annotated[str | None, typer.Option("--source", help="runs:/id/path or models:/name/version.")] = None,
     validation: Annotated[Path | None, typer.Option(help="Validation rows (CSV, Parquet) with the label.")] = None,
     reference: Annotated[Path | None, typer.Option(help="A sample of the training rows.")] = None,
@@ -150,26 +142,26 @@ def deliver(
     """Register, check, let traffic on step by step, promote or take back. Waits for the end."""
     from flows.run import run_delivery
 
-    parsed, text, folder = _policy(policy)
+    found = _policy(policy)
     if rps is not None:
         from flows import planning
 
-        problems = planning.planned(parsed, planning.Traffic(rps)).problems
+        problems = planning.planned(found.policy, planning.Traffic(rps)).problems
         if problems:
             _fail("\n".join(problems), USAGE)
-    sources = [str(file.resolve()) if file else None, f"models:/{model}/{version}" if version else None, source]
-    given = [each for each in sources if each is not None]
-    if len(given) != 1:
+    if sum(each is not None for each in (file, version, source)) != 1:
         _fail("say what to deliver with exactly one of --file, --version and --source", USAGE)
     request = {
         "model": model,
-        "source": given[0],
-        "policy": text,
-        "policy_folder": str(folder),
-        "validation": str(validation.resolve()) if validation else None,
-        "reference": str(reference.resolve()) if reference else None,
-        "expected": str(expected.resolve()) if expected else None,
-        "metrics": _metrics(metrics),
+        "version": version,
+        "source": str(file.resolve()) if file else source,
+        "policy": str(found.path or policy),
+        "files": {
+            "validation": str(validation.resolve()) if validation else None,
+            "reference": str(reference.resolve()) if reference else None,
+            "expected": str(expected.resolve()) if expected else None,
+            "metrics": _metrics(metrics),
+        },
         "reason": reason,
     }
     code, outcome = run_delivery(_settings(), request, None if as_json else out, err)
@@ -300,7 +292,7 @@ def plan(
     """How long each stage will take and what each gate will see. Exit 2 where one could not see what it guards."""
     from flows import planning
 
-    parsed, _, _ = _policy(policy)
+    parsed = _policy(policy).policy
     if (rps is None) == (measured is None):
         _fail("say the traffic with exactly one of --rps and --measured", USAGE)
     if measured is not None:
@@ -321,7 +313,7 @@ def plan(
 @policy_app.command(epilog="Example: lockgate policy check flights.yaml")
 def check(policy: PolicyFile, as_json: Json = False) -> None:
     """Is the policy sound? Names the line and the nearest known key if not."""
-    parsed, _, _ = _policy(policy)
+    parsed = _policy(policy).policy
     if as_json:
         _print({"policy": parsed.name, "digest": parsed.digest, "ok": True})
     else:
@@ -333,7 +325,7 @@ def explain_policy(policy: PolicyFile, as_json: Json = False) -> None:
     """What the policy will do, in sentences, defaults included."""
     from policies.words import explain as words
 
-    parsed, _, _ = _policy(policy)
+    parsed = _policy(policy).policy
     if as_json:
         _print(parsed.model_dump(mode="json", by_alias=True))
     else:

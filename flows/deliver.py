@@ -14,9 +14,11 @@ from prefect import flow, get_run_logger
 from prefect.context import FlowRunContext
 from pydantic import BaseModel, Field
 
+from flows import policy as policies_known
 from flows.checks import Preparation, prepare, run_checks
 from flows.publish import Publisher, artifact_key
 from flows.rollout import Controller, Observer, Superseded, abort, over
+from flows.settings import Settings
 from flows.story import fold, story_of
 from flows.wiring import connect
 from policies.events import Requested, to_body
@@ -31,18 +33,23 @@ _SILENCE_S = 3600.0
 BEGIN_S = 30.0  # a claim whose rollout has not begun after this long belongs to a process that died
 
 
-class Delivery(BaseModel):
-    """What to deliver, by which policy."""
+class Files(BaseModel):
+    """What comes with the model. Files given for bytes that are registered already replace those kept with them."""
+
+    validation: str | None = Field(None, description="Validation rows (CSV or Parquet), instead of the policy's.")
+    reference: str | None = Field(None, description="A sample of the training rows.")
+    expected: str | None = Field(None, description="Rows with the training framework's own predictions.")
+    metrics: dict[str, float] = Field(default_factory=dict, description="Metrics of the training.")
+
+
+class Delivery(Files):
+    """What to deliver, by which policy; written down with the rollout."""
 
     model: str = Field(description="Name of the registered model, e.g. flight-delay.")
     source: str = Field(description="An .onnx file, models:/name/version or runs:/id/path.")
     policy: str = Field(description="The policy's YAML text.")
     policy_folder: str = Field(".", description="Folder that the policy's relative paths start from.")
     target: str = Field("local", description="Where it shall run.")
-    validation: str | None = Field(None, description="Validation rows (CSV or Parquet), instead of the policy's.")
-    reference: str | None = Field(None, description="A sample of the training rows.")
-    expected: str | None = Field(None, description="Rows with the training framework's own predictions.")
-    metrics: dict[str, float] = Field(default_factory=dict, description="Metrics of the training.")
     by: str = Field("", description="Who asked for it.")
     reason: str = Field("", description="Why.")
 
@@ -73,20 +80,66 @@ def in_prefect(task: Any, *args: Any, name: str = "") -> Any:
     return task.with_options(task_run_name=name)(*args) if name else task(*args)
 
 
-@flow(name="deliver", flow_run_name="{request.model} → {request.target}: registering", retries=0)
-def deliver(request: Delivery) -> dict[str, Any]:
+@flow(name="deliver", flow_run_name="{model} → {target}: registering", retries=0)
+def deliver(
+    model: str,
+    version: int | None = None,
+    policy: str | None = None,
+    source: str | None = None,
+    files: Files | None = None,
+    target: str = "local",
+    reason: str = "",
+    by: str = "",
+) -> dict[str, Any]:
     """Registers the version and drives its rollout to the end; returns an `Outcome` as a dictionary.
+
+    Args:
+        model: Name of the registered model, e.g. flight-delay.
+        version: Its version in the registry; by default the one that the alias `candidate` names.
+        policy: Name of a policy (in the platform's folder of policies, or a ready-made one), a file's path on the
+            worker's machine, or the YAML text. By default the one in that folder whose `model` this is.
+        source: Instead of a version: an .onnx file, runs:/id/path or models:/name/version.
+        files: What comes with the model: validation rows, a sample of the training rows, metrics.
+        target: Where it shall run.
+        reason: Why; it goes on the record.
+        by: Who asked for it.
 
     Raises BadInput for what cannot be delivered at all (nothing has been changed then), PortError where a part of
     the platform cannot be reached.
     """
+    request = requested(Settings().shelf, model, version, policy, source, files, target=target, reason=reason, by=by)
     context = FlowRunContext.get()
     run_id = context.flow_run.id if context and context.flow_run else None
-    publisher = Publisher(run_id, request.target)
+    publisher = Publisher(run_id, target)
     try:
         return asdict(deliver_with(connect(), request, [publisher, _log_moves()]))
     finally:
         publisher.close()
+
+
+def requested(
+    shelf: Path,
+    model: str,
+    version: int | None,
+    policy: str | None,
+    source: str | None,
+    files: Files | None,
+    **told: str,
+) -> Delivery:
+    """The delivery that is asked for, its policy looked up. Raises BadInput, PolicyError."""
+    if version is not None and source is not None:
+        raise BadInput("say what to deliver with `version` or `source`, not with both")
+    found = policies_known.find(shelf, policy) if policy else policies_known.for_model(shelf, model)
+    if found is None:
+        raise BadInput(f"no policy in {shelf} says `model: {model}`; name one, or put one there")
+    return Delivery(
+        model=model,
+        source=source or (f"models:/{model}@candidate" if version is None else f"models:/{model}/{version}"),
+        policy=found.text,
+        policy_folder=str(found.folder),
+        **(files or Files()).model_dump(),
+        **told,
+    )
 
 
 def deliver_with(ports: Ports, request: Delivery, observers: list[Observer]) -> Outcome:

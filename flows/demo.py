@@ -169,24 +169,17 @@ def _wait_for_the_calendar(home: Path, stage: Stage, version: str, say: Callable
 
 
 def _deliver(home: Path, version: str) -> dict[str, Any]:
-    from flows.deliver import Delivery, deliver
-    from policies import policy
+    from flows.deliver import Files, deliver
 
-    library = Path(policy.__file__).parent / "library"
     folder = home / "models" / f"v{version}"
-    request = Delivery(
-        model=MODEL,
-        source=str(folder / "model.onnx"),
-        policy=(library / f"{POLICY}.yaml").read_text(),
-        policy_folder=str(library),
+    files = Files(
         validation=str(folder / "validation.parquet"),
         reference=str(folder / "reference.parquet"),
         expected=str(folder / "expected.parquet"),
         metrics=json.loads((folder / "metrics.json").read_text()),
-        by="demo",
-        reason=STORY[version],
     )
-    return deliver(request)
+    source = str(folder / "model.onnx")
+    return deliver(MODEL, source=source, policy=POLICY, files=files, by="demo", reason=STORY[version])
 
 
 def _first_answers(stage: Stage, clients: Part) -> None:

@@ -13,7 +13,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from flows.settings import Settings
-from flows.wiring import located, platform, supervisor_of
+from flows.wiring import located, platform, ready, supervisor_of
 from tasks.ports import BadInput, PortError
 
 _DETACH_S = 180.0
@@ -63,24 +63,22 @@ def _up_detached(settings: Settings, out: Console, err: Console) -> int:
     """Starts the supervisor as a process of its own, and waits until it says that all is ready."""
     settings.folder.mkdir(parents=True, exist_ok=True)
     log = settings.folder / "up.log"
-    ports = ("prefect_port", "mlflow_port", "gateway_port")
-    env = {f"LOCKGATE_{name.upper()}": str(getattr(settings, name)) for name in ports}
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli", "up"],
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **env, "LOCKGATE_HOME": str(settings.folder)},
+            env={**os.environ, **settings.variables()},
             start_new_session=True,
         )
     limit = time.monotonic() + _DETACH_S
-    with out.status("starting Prefect, MLflow, agent and gateway ..."):
+    with out.status("starting Prefect, MLflow, agent, gateway and worker ..."):
         while time.monotonic() < limit:
             if process.poll() is not None:
                 err.print(log.read_text().strip(), markup=False)
                 return process.returncode or 3
-            if supervisor_of(settings) == process.pid:
+            if supervisor_of(settings) == process.pid and ready(settings):
                 _say_where(settings, out)
                 return 0
             time.sleep(0.2)

@@ -50,7 +50,10 @@ class Pass:
 
 @flow(name="reconcile", retries=0)
 def reconcile(at_once: bool = False) -> dict[str, Any]:
-    """One pass over the platform; `at_once` takes over every unsettled rollout (at start-up: nobody drives any).
+    """One pass over the platform.
+
+    Args:
+        at_once: Take over every unsettled rollout, also one that somebody drives.
 
     Returns a `Pass` as a dictionary. Raises PortError if the ledger cannot be reached.
     """

@@ -27,8 +27,14 @@ _WAIT_S = 300.0
 
 
 @flow(name="rollback", flow_run_name="{model} → local: rolling back")
-def rollback(model: str, reason: str, by: str = "") -> dict[str, Any]:
-    """Takes the model back; returns an `Outcome` as a dictionary. Raises NotThere with nothing to go back to."""
+def rollback(model: str, reason: str = "rollback ordered by hand", by: str = "") -> dict[str, Any]:
+    """Takes the model back; returns an `Outcome` as a dictionary. Raises NotThere with nothing to go back to.
+
+    Args:
+        model: Name of the registered model, e.g. flight-delay.
+        reason: Why; it goes on the record.
+        by: Who asked for it.
+    """
     context = FlowRunContext.get()
     publisher = Publisher(context.flow_run.id if context and context.flow_run else None, "local")
     try:

@@ -48,11 +48,11 @@ def run_delivery(
         configure(settings)
         if out is not None:
             out.print(f"{request['model']}: looking at what was handed in, and registering it", markup=False)
-        from flows.deliver import Delivery, deliver
+        from flows.deliver import deliver
 
-        asked = Delivery.model_validate({"by": f"{getpass.getuser()}", **request})
-        with follow(out, ledger(settings), asked.model):
-            return deliver(asked)
+        with follow(out, ledger(settings), request["model"]):
+            outcome: dict[str, Any] = deliver(by=getpass.getuser(), **request)
+            return outcome
 
     code, outcome = guarded(work, err)
     if outcome is not None and out is not None:
@@ -70,7 +70,7 @@ def run_rollback(
         from flows.rollback import rollback
 
         with follow(out, ledger(settings), model):
-            return rollback(model, reason or "rollback ordered by hand", getpass.getuser())
+            return rollback(model, **({"reason": reason} if reason else {}), by=getpass.getuser())
 
     code, outcome = guarded(work, err)
     if outcome is not None and out is not None:

@@ -25,6 +25,8 @@ class Settings(BaseSettings):
     mlflow_url: str | None = Field(None, description="An MLflow server elsewhere.")
     prefect_url: str | None = Field(None, description="A Prefect server elsewhere.")
     ledger_url: str | None = Field(None, description="SQLAlchemy URL of the ledger; SQLite in `home` by default.")
+    policies: Path | None = Field(None, description="Folder of the policies known by name; `home`/policies by default.")
+    deliveries_at_once: int = Field(8, ge=1, description="Deliveries that the worker runs at once; others wait.")
 
     @classmethod
     def settings_customise_sources(
@@ -40,3 +42,16 @@ class Settings(BaseSettings):
     @property
     def folder(self) -> Path:
         return self.home.expanduser().absolute()
+
+    @property
+    def shelf(self) -> Path:
+        """Where the platform's own policies lie."""
+        return self.policies.expanduser().absolute() if self.policies else self.folder / "policies"
+
+    def variables(self) -> dict[str, str]:
+        """The settings as `LOCKGATE_*` variables, for processes that find no `lockgate.toml`."""
+        set_here = self.model_dump(mode="json", exclude_none=True)
+        return {f"LOCKGATE_{name.upper()}": str(value) for name, value in set_here.items()} | {
+            "LOCKGATE_HOME": str(self.folder),
+            "LOCKGATE_POLICIES": str(self.shelf),
+        }

@@ -15,6 +15,7 @@ from flows.settings import Settings
 from infra.platform_local import (
     SILENCE,
     Addresses,
+    Beside,
     LocalPlatform,
     free_port,
     running,
@@ -22,13 +23,17 @@ from infra.platform_local import (
 from infra.platform_local import (
     Part as Part,
 )
+from infra.platform_local import (
+    announce as _announce,
+)
 from tasks.ports import BadInput, Ledger, PortError, Ports
 
 if TYPE_CHECKING:
     from infra.labels_arrow import LabelStore
 
 
-_BESIDE = (("Reconciler", "flows.reconcile"),)
+_RECONCILER = Beside("Reconciler", "flows.reconcile")
+_BESIDE = (_RECONCILER, Beside("Worker", "flows.worker", announces=True, children_outlive=True))
 
 
 class SystemClock:
@@ -49,7 +54,13 @@ def platform(settings: Settings) -> LocalPlatform:
         mlflow_port=settings.mlflow_port,
         gateway_port=settings.gateway_port,
         beside=_BESIDE,
+        env=settings.variables(),
     )
+
+
+def announce(settings: Settings, module: str) -> None:
+    """This process of the platform is ready."""
+    _announce(settings.folder, module)
 
 
 def located(settings: Settings) -> Addresses:
@@ -65,7 +76,7 @@ def configure(settings: Settings | None = None) -> None:
     settings = settings or Settings()
     addresses = located(settings)
     os.environ.update(SILENCE)
-    os.environ["LOCKGATE_HOME"] = str(settings.folder)  # for `connect` within a flow
+    os.environ.update(settings.variables())  # for `connect` within a flow
     os.environ["PREFECT_API_URL"] = settings.prefect_url or f"{addresses.prefect}/api"
     os.environ["PREFECT_HOME"] = str(settings.folder / "prefect")
     # The command says in one sentence what went wrong; Prefect's traceback of it stands in the run's log.
@@ -92,7 +103,8 @@ def clear_demo(home: Path) -> None:
 
 def demo_platform(home: Path) -> LocalPlatform:
     """A platform of the demo's own, on free ports."""
-    return LocalPlatform(home, free_port(), free_port(), free_port(), beside=_BESIDE)
+    env = Settings(home=home).variables()
+    return LocalPlatform(home, free_port(), free_port(), free_port(), beside=(_RECONCILER,), env=env)
 
 
 def train_demo(home: Path) -> Part:
@@ -132,6 +144,12 @@ def supervisor_of(settings: Settings) -> int | None:
     """The process that supervises the platform in the folder, if one runs."""
     addresses = running(settings.folder)
     return addresses.pid if addresses else None
+
+
+def ready(settings: Settings) -> bool:
+    """Whether a platform runs in the folder, with all its parts ready."""
+    addresses = running(settings.folder)
+    return addresses is not None and addresses.ready
 
 
 def connect(settings: Settings | None = None) -> Ports:

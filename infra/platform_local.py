@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -27,6 +27,7 @@ from tasks.ports import BadInput, PortError
 
 _READY_S = 120.0
 _STOP_S = 15.0
+_STEADY_S = 60.0  # a part that has run for so long starts again at once when it dies
 
 SILENCE = {
     "DO_NOT_TRACK": "1",
@@ -55,6 +56,7 @@ class Addresses:
     gateway_port: int
     pid: int = 0
     started: float = 0.0
+    ready: bool = False
 
     @property
     def prefect(self) -> str:
@@ -95,6 +97,19 @@ def running(home: Path) -> Addresses | None:
     return None
 
 
+def announce(home: Path, module: str) -> None:
+    """This process, which runs the module beside the platform, is ready."""
+    (home / "logs" / f"{module}.pid").write_text(str(os.getpid()))
+
+
+def announced(home: Path, module: str) -> int | None:
+    """The process that last said that it is ready with the module."""
+    try:
+        return int((home / "logs" / f"{module}.pid").read_text())
+    except (FileNotFoundError, ValueError):  # the latter: it is writing
+        return None
+
+
 def _die_with_parent() -> None:
     """Linux sends the child SIGTERM when its parent dies, however that happens (prctl(2), PR_SET_PDEATHSIG = 1)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -112,8 +127,15 @@ class Part:
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     restart_at: float = 0.0
+    children_outlive: bool = False  # what it had started goes on while it is started again
+    started_at: float = 0.0
+    _former: list[int] = field(default_factory=list)
 
     def start(self) -> None:
+        if self.process is not None:
+            self._former.append(self.process.pid)
+            if not self.children_outlive:
+                self._end_groups()
         with self.log.open("ab") as sink:
             self.process = subprocess.Popen(
                 self.command,
@@ -124,6 +146,7 @@ class Part:
                 start_new_session=True,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
+        self.started_at = time.monotonic()
 
     def stop(self) -> None:
         """Asks, waits, then insists; the part's own children go with it."""
@@ -137,8 +160,15 @@ class Part:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        self._former.append(process.pid)
+        self._end_groups()
+
+    def _end_groups(self) -> None:
+        """What it and its predecessors left running is ended."""
+        for group in self._former:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
+        self._former.clear()
 
     def code(self) -> int | None:
         """The exit code; None while it runs."""
@@ -153,6 +183,16 @@ class Part:
         return next((line for line in reversed(self.lines()) if line.strip()), "it said nothing")
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A Python module that uses the platform and lives with it; `announces`: it says itself when it is ready."""
+
+    name: str
+    module: str
+    announces: bool = False
+    children_outlive: bool = False
+
+
 @dataclass
 class LocalPlatform:
     """Starts, supervises and stops the parts. Use as a context manager, or `start` and `stop`."""
@@ -161,9 +201,8 @@ class LocalPlatform:
     prefect_port: int = 4200
     mlflow_port: int = 5000
     gateway_port: int = 8080
-    beside: tuple[
-        tuple[str, str], ...
-    ] = ()  # (name, Python module) of processes that use the platform and live with it
+    beside: tuple[Beside, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)  # what the processes beside it are to know
     parts: list[Part] = field(default_factory=list)
 
     def start(self, progress: Callable[[str], None] = lambda _text: None) -> Addresses:
@@ -181,18 +220,25 @@ class LocalPlatform:
             for part in self.parts:
                 self._await(part)
                 progress(f"{part.name} is ready")
+            addresses = self.addresses()
+            self._write(addresses)
+            companions = [self._beside(each) for each in self.beside]
+            for part in companions:
+                part.start()
+                self.parts.append(part)
+            for part in companions:
+                self._await(part)
+                progress(f"{part.name} is ready")
+            self._write(replace(addresses, ready=True))
         except BaseException:
             self.stop()
             raise
-        addresses = self.addresses()
+        return addresses
+
+    def _write(self, addresses: Addresses) -> None:
         partial = self.home / "platform.json.part"
         partial.write_text(json.dumps(asdict(addresses)))
         partial.rename(self.home / "platform.json")
-        for name, module in self.beside:
-            part = self._part(name, ["-m", module], lambda: True, {"LOCKGATE_HOME": str(self.home)})
-            part.start()
-            self.parts.append(part)
-        return addresses
 
     def addresses(self) -> Addresses:
         me = psutil.Process()
@@ -206,6 +252,8 @@ class LocalPlatform:
                 continue
             now = time.monotonic()
             if part.restart_at == 0.0:
+                if now - part.started_at > _STEADY_S:
+                    part.restarts = 0
                 delay = min(2.0**part.restarts * 0.2, 30.0)
                 part.restart_at = now + delay
                 code = part.process.returncode
@@ -244,6 +292,13 @@ class LocalPlatform:
             time.sleep(0.1)
         raise PortError(f"{part.name} was not ready after {_READY_S:.0f} s (log: {part.log})")
 
+    def _beside(self, wanted: Beside) -> Part:
+        part = self._part(wanted.name, ["-m", wanted.module], lambda: True, self.env)
+        part.children_outlive = wanted.children_outlive
+        if wanted.announces:
+            part.ready = lambda: part.process is not None and announced(self.home, wanted.module) == part.process.pid
+        return part
+
     def _part(self, name: str, command: list[str], ready: Callable[[], bool], env: dict[str, str]) -> Part:
         return Part(name, [sys.executable, *command], env, self.home / "logs" / f"{name.lower()}.log", ready)
 
@@ -271,12 +326,14 @@ class LocalPlatform:
 
     def _agent(self) -> Part:
         home = self.home / "agent"
-        return self._part(
+        part = self._part(
             "Agent",
             ["-m", "serving.agent", "--home", str(home), "--gateway-port", str(self.gateway_port)],
             lambda: _agent_ready(home),
             {},
         )
+        part.children_outlive = True  # its gateway and servers go on, and are found again
+        return part
 
 
 def _answers(url: str) -> Callable[[], bool]:

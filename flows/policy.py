@@ -1,0 +1,65 @@
+"""Where policies are found: a file, one of the platform's own (its `policies` folder), or a ready-made one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from policies import policy
+from policies.policy import Policy, PolicyError
+from tasks.ports import BadInput
+
+LIBRARY = Path(policy.__file__).parent / "library"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A policy, its text, and the folder that its relative paths start from."""
+
+    policy: Policy
+    text: str
+    folder: Path
+    path: Path | None = None
+
+
+def find(shelf: Path, wanted: str) -> Found:
+    """The policy: a file's path, a name in `shelf` or in the library, or the YAML text itself (with a line's end).
+
+    Raises BadInput if there is none, PolicyError if it is not sound.
+    """
+    if "\n" in wanted:
+        return Found(policy.parse(wanted), wanted, shelf)
+    named = (Path(wanted).expanduser(), shelf / f"{wanted}.yaml", LIBRARY / f"{wanted}.yaml")
+    return read(next((path for path in named if path.is_file()), named[0]), wanted, shelf)
+
+
+def read(path: Path, wanted: str, shelf: Path) -> Found:
+    """The policy in the file. Raises as `find` does."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise BadInput(f"policy {wanted} cannot be read ({exc}); known by name: {', '.join(known(shelf))}") from exc
+    path = path.absolute()
+    return Found(policy.parse(text, str(path)), text, path.parent, path)
+
+
+def known(shelf: Path) -> list[str]:
+    """The names that `find` knows: the platform's own and the ready-made ones."""
+    files = [file for folder in (shelf, LIBRARY) for file in folder.glob("*.yaml")]
+    return sorted({file.stem for file in files if not file.stem.endswith("expectations")})
+
+
+def for_model(shelf: Path, model: str) -> Found | None:
+    """The one policy in `shelf` whose `model` this is; None without any. Raises BadInput where two claim it."""
+    found = []
+    for path in sorted(shelf.glob("*.yaml")):
+        try:
+            each = read(path, str(path), shelf)
+        except PolicyError:
+            continue  # another document, or a policy that is told of where it is used
+        if each.policy.model == model:
+            found.append((path, each))
+    if len(found) > 1:
+        names = ", ".join(path.name for path, _ in found)
+        raise BadInput(f"{names} in {shelf} are all for model '{model}'; leave one, or name it")
+    return found[0][1] if found else None
