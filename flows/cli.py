@@ -271,6 +271,25 @@ def labels(
     _print({"model": model, "labels": count}) if as_json else out.print(f"{model}: {count:,} labels stored")
 
 
+@app.command(epilog="Example: lockgate monitor flight-delay --json")
+def monitor(
+    model: Model,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", "-p", help="Another policy than the version was delivered by.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look now at what serves: drift, data, quality. Exit 1 where something is amiss, 3 where it could not be told."""
+    from flows.run import run_monitor
+
+    _, text, folder = _policy(policy) if policy else (None, "", Path())
+    request = {"model": model, "policy": text, "policy_folder": str(folder), "at_once": True}
+    code, look = run_monitor(_settings(), request, None if as_json else out, err)
+    if as_json and look is not None:
+        _print(look)
+    raise typer.Exit(code)
+
+
 # ---------------------------------------------------------------- policies
 
 Rps = Annotated[float | None, typer.Option("--rps", help="Expected requests a second.")]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.story import evidence_of, policy_of, reports_in
-from policies import audit, gates
+from policies import audit, gates, monitor
 from policies.audit import Verified
+from policies.policy import Monitor
 from policies.verdict import worst
 from tasks.ports import BadInput, Entry, Ledger
 
@@ -31,6 +32,8 @@ def replay(entries: Sequence[Entry]) -> tuple[int, list[Difference]]:
     """
     if not entries:
         raise BadInput("the ledger has no such rollout")
+    if entries[0].kind == monitor.LOOKED:
+        return _replay_monitor(entries)
     policy = policy_of(entries)
     state = gates.begin(policy)
     looks, found = 0, []
@@ -45,6 +48,19 @@ def replay(entries: Sequence[Entry]) -> tuple[int, list[Difference]]:
             told = gates.summary(reports)
             found.append(Difference(entry.number, entry.at, f"{entry.body['verdict']}: {entry.body['says']}", told))
     return looks, found
+
+
+def _replay_monitor(entries: Sequence[Entry]) -> tuple[int, list[Difference]]:
+    """The looks at what serves, each by the rules that stood then."""
+    looks = [entry for entry in entries if entry.kind == monitor.LOOKED]
+    found = []
+    for entry in looks:
+        reports = monitor.judge(Monitor.model_validate(entry.body["rules"]), monitor.seen_from(entry.body["seen"]))
+        verdict = str(monitor.verdict_of(reports))
+        if (verdict, reports) != (entry.body["verdict"], reports_in(entry.body)):
+            written = f"{entry.body['verdict']}: {entry.body['says']}"
+            found.append(Difference(entry.number, entry.at, written, f"{verdict}: {monitor.summary(reports)}"))
+    return len(looks), found
 
 
 def verified(ledger: Ledger, file: Path | None, key: bytes | None) -> Verified:

@@ -80,6 +80,39 @@ def run_rollback(
     return code, outcome
 
 
+def run_monitor(
+    settings: Settings, request: dict[str, Any], out: Console | None, err: Console
+) -> tuple[int, dict[str, Any] | None]:
+    """One look at a model; exit code 0 only where it was shown that nothing is amiss."""
+
+    def work() -> dict[str, Any]:
+        configure(settings)
+        from flows.monitor import CouldNotLook, Monitoring, monitor
+
+        try:
+            (look,) = monitor(Monitoring.model_validate(request))
+        except CouldNotLook as exc:
+            (look,) = exc.looks
+        return {"outcome": look["verdict"], "unfinished": False, **look}  # for `guarded`
+
+    code, look = guarded(work, err)
+    if look is None:
+        return code, None
+    if out is not None:
+        say_look(look, out)
+    return {"pass": DONE, "fail": REFUSED}.get(look["verdict"], UNFINISHED), look
+
+
+def say_look(look: dict[str, Any], out: Console) -> None:
+    """The look, a line per question."""
+    out.print(f"{look['model']} v{look['version']}: {look['verdict']}: {look['says']}", markup=False)
+    for report in look["reports"]:
+        needs = f" (needs {report['needs']})" if report["needs"] else ""
+        out.print(f"  {report['verdict']:<5} {report['gate']}: {report['says']}{needs}", markup=False)
+    for what, why in look.get("errors", {}).items():
+        out.print(f"  not done: {what}: {why}", markup=False)
+
+
 def follow(out: Console | None, book: Ledger, model: str) -> AbstractContextManager[Any]:
     """A live view of the model's next rollout; nothing without a console."""
     if out is None:

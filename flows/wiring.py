@@ -27,6 +27,7 @@ from infra.platform_local import (
     announce as _announce,
 )
 from tasks.ports import BadInput, Ledger, PortError, Ports
+from tasks.ports_monitor import MonitorPorts
 
 if TYPE_CHECKING:
     from infra.labels_arrow import LabelStore
@@ -188,4 +189,27 @@ def _bound(settings_json: str, _platform: int) -> Ports:
         ledger=ledger(settings),
         reporter=HtmlReporter(),
         clock=SystemClock(),
+    )
+
+
+def connect_monitor(settings: Settings | None = None) -> MonitorPorts:
+    """What `monitor` needs beside `connect`; the same each time. Raises PortError if no platform runs."""
+    settings = settings or Settings()
+    return _monitoring(settings.model_dump_json(), located(settings).pid)
+
+
+@lru_cache(maxsize=1)
+def _monitoring(settings_json: str, _platform: int) -> MonitorPorts:
+    from infra.drift_evidently import EvidentlyDrift
+    from infra.herald_prefect import PrefectHerald
+    from infra.monitor_evidently import EvidentlyMonitor
+    from infra.windows_arrow import SampledWindows
+
+    settings = Settings.model_validate_json(settings_json)
+    drift = EvidentlyDrift(rows_max=8_000, timeout_s=900.0)  # a look has a period's time, and yields to the servers
+    atexit.register(drift.close)
+    return MonitorPorts(
+        windows=SampledWindows(located(settings).agent_home),
+        comparer=EvidentlyMonitor(drift, settings.folder / "evidently"),
+        herald=PrefectHerald(),
     )

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -85,7 +86,13 @@ class EvidentlyDrift:
         self.close()
 
     def compare(
-        self, reference: pa.Table, current: pa.Table, columns: Sequence[str], method: str = "wasserstein", of: str = ""
+        self,
+        reference: pa.Table,
+        current: pa.Table,
+        columns: Sequence[str],
+        method: str = "wasserstein",
+        of: str = "",
+        permutations: int | None = None,
     ) -> Drift:
         """The windows' distances column by column, with the p-value of the largest under permutation.
 
@@ -103,13 +110,22 @@ class EvidentlyDrift:
                 _window(table, columns, method, self._rows_max, name)
                 for table, name in ((reference, "stable version's"), (current, "candidate's"))
             ]
-            self._submit("compare", (*windows, method, self._permutations), what)
+            self._submit("compare", (*windows, method, permutations or self._permutations), what)
         answer = self._receive(self._wait_s if of else self._timeout_s, patient=bool(of))
         assert isinstance(answer, Drift)
         return answer
 
-    def report_html(self, reference: pa.Table, current: pa.Table, path: Path) -> Path:
-        """Evidently's own report on the columns that both tables have, as one HTML file at `path`.
+    def report_html(
+        self,
+        reference: pa.Table,
+        current: pa.Table,
+        path: Path,
+        workspace: Path | None = None,
+        project: str = "",
+        at: float = 0.0,
+    ) -> Path:
+        """Evidently's own report on the columns that both tables have, as one HTML file at `path`; also as a run of the
+        time `at` (POSIX seconds) in the project of an Evidently workspace, if one is given.
 
         Up to 2,000 rows of each. Raises NotThere for a window without rows, PortError when the worker fails.
         """
@@ -118,7 +134,8 @@ class EvidentlyDrift:
             raise NotThere("no rows to report on")
         windows = [_window(table, names, "psi", _REPORT_ROWS, "report's", smallest=1) for table in (reference, current)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._submit("report", (*windows, str(path)), None)
+        kept = (str(workspace), project, at) if workspace is not None else None
+        self._submit("report", (*windows, str(path), kept), None)
         self._receive(_REPORT_TIMEOUT_S, patient=False)
         return path
 
@@ -325,7 +342,7 @@ def _missing(values: NDArray[Any]) -> float:
     return 1.0 - _present(values).size / max(values.size, 1)
 
 
-def _write_report(reference: Columns, current: Columns, path: str) -> str:
+def _write_report(reference: Columns, current: Columns, path: str, kept: tuple[str, str, float] | None) -> str:
     """Evidently's drift report; for people, not for verdicts."""
     import pandas as pd
     from evidently import DataDefinition, Dataset, Report
@@ -342,9 +359,23 @@ def _write_report(reference: Columns, current: Columns, path: str) -> str:
         for window in (current, reference)
     ]
     aside = f"{path}.part"
-    Report([DataDriftPreset()], include_tests=False).run(frames[0], frames[1]).save_html(aside)
+    timestamp = datetime.fromtimestamp(kept[2], UTC).replace(tzinfo=None) if kept else None  # Evidently's are naive
+    run = Report([DataDriftPreset()], include_tests=False).run(frames[0], frames[1], timestamp=timestamp)
+    run.save_html(aside)
     Path(aside).replace(path)
+    if kept is not None:
+        _keep(run, *kept[:2])
     return path
+
+
+def _keep(run: Any, folder: str, name: str) -> None:
+    """The run in the workspace's project of that name, which is made if it is not there."""
+    from evidently.ui.workspace import Workspace
+
+    workspace = Workspace.create(folder)
+    found = workspace.search_project(name)
+    project = found[0] if found else workspace.create_project(name)
+    workspace.add_run(project.id, run)
 
 
 def main(descriptor: int) -> None:

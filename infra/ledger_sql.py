@@ -69,6 +69,12 @@ class SqlLedger:
         with self._read() as connection:
             return [_entry(row) for row in connection.execute(wanted.order_by(table.c.sequence))]
 
+    def last(self, rollout: str, count: int) -> list[Entry]:
+        table = schema.entries
+        wanted = sa.select(table).where(table.c.rollout == rollout).order_by(table.c.sequence.desc()).limit(count)
+        with self._read() as connection:
+            return [_entry(row) for row in connection.execute(wanted)][::-1]
+
     def head(self) -> Head:
         with self._read() as connection:
             return self._head(connection)

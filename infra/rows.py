@@ -144,6 +144,27 @@ def feeds(table: Any, signature: Signature, path: Path, label: str | None = None
     return {tensor.name: _input(table, tensor, rest, path) for tensor in signature.inputs}
 
 
+def input_columns(
+    table: Any, signature: Signature, path: Path, label: str | None = None
+) -> dict[str, tuple[str, NDArray[Any]]]:
+    """The inputs column by column: under the name that sampled rows have it by (`in.x`, `in.x.0`), the name that the
+    file has it by, and its values as the model gets them. Raises BadInput naming what does not fit."""
+    found: dict[str, tuple[str, NDArray[Any]]] = {}
+    taken = {tensor.name for tensor in signature.inputs} | {PREDICTION}
+    rest = [name for name in table.column_names if name not in taken and name != label]
+    for tensor in signature.inputs:
+        values = _input(table, tensor, rest, path)
+        if len(tensor.shape) < 2:
+            found[f"in.{tensor.name}"] = (tensor.name, values)
+            continue
+        flat = values.reshape(len(values), -1)
+        named = tensor.name in table.column_names and flat.shape[1] == 1
+        names = [tensor.name] if named else _matrix_columns(table, tensor, flat.shape[1], rest, path)
+        for at, name in enumerate(names):
+            found[f"in.{tensor.name}.{at}"] = (name, flat[:, at])
+    return found
+
+
 def _input(table: Any, tensor: Tensor, rest: Sequence[str], path: Path) -> NDArray[Any]:
     import numpy as np
 

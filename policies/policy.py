@@ -288,6 +288,51 @@ class RolloutPolicy(_Strict):
         return self
 
 
+class LiveDrift(_Strict):
+    """Do the live rows differ from the training rows?"""
+
+    columns: tuple[str, ...] = Field((), description="Inputs to compare; all of them, if empty. Predictions always.")
+    method: Literal["wasserstein", "ks", "psi", "jensenshannon", "hellinger"] = Field(
+        "wasserstein", description="The distance of numbers; text is compared by jensenshannon."
+    )
+    threshold: Positive = Field(0.1, description="Smallest distance that counts as a difference.")
+    rows_min: int = Field(1000, ge=200, description="Sampled rows of a period, and of the reference.")
+
+
+class LiveQuality(_Strict):
+    """Is the loss on the labels that have come higher than it was on the validation rows?"""
+
+    metric: Literal["brier", "accuracy"] = Field(
+        "brier", description="The loss: (prediction - label)^2, or 1 where the prediction is on the other side of 0.5."
+    )
+    margin: Annotated[float, Field(gt=0, le=0.5)] = Field(0.05, description="Tolerated difference of the mean losses.")
+    rows_min: int = Field(200, ge=20, description="Labelled requests, before anything is said.")
+    wait: Seconds = Field(604800.0, gt=0, description="A label that comes later than this after the answer is ignored.")
+
+
+class Retrain(_Strict):
+    """The Prefect deployment that is run when an alarm begins."""
+
+    deployment: str = Field(pattern=r"^[^/]+/[^/]+$", description="FLOW/DEPLOYMENT, as Prefect names it.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of its run.")
+
+
+class Monitor(_Strict):
+    """What is looked at once a version serves alone, period by period."""
+
+    every: Seconds = Field(3600.0, ge=60, le=31 * 86400.0, description="The period.")
+    false_alarms_per_year: Annotated[float, Field(ge=0.01, le=12, allow_inf_nan=False)] = Field(
+        0.1, description="How many alarms a year chance alone may raise, over all looks of all tests of the model."
+    )
+    drift: LiveDrift | None = LiveDrift()
+    data: str | None = Field(None, description="A Great Expectations suite for live rows, relative to the policy.")
+    quality: LiveQuality | None = None
+    retrain: Retrain | None = None
+    rollback_on: tuple[Literal["drift", "data", "quality"], ...] = Field(
+        (), description="Alarms that bring the former version back; the world's drift is no reason for that by itself."
+    )
+
+
 class Policy(_Strict):
     """One policy: the file that a delivery is judged by."""
 
@@ -298,6 +343,7 @@ class Policy(_Strict):
     checks: Validate = Field(Validate(), alias="validate")
     benchmark: Benchmark = Benchmark()
     rollout: RolloutPolicy
+    monitor: Monitor = Monitor()
 
     @property
     def digest(self) -> str:

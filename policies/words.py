@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from policies.policy import Benchmark, Gates, Policy, RolloutPolicy, Validate
+from policies.policy import Benchmark, Gates, Monitor, Policy, RolloutPolicy, Validate
 
 
 def duration(seconds: float) -> str:
@@ -29,6 +29,9 @@ def explain(policy: Policy) -> list[str]:
         "",
         "At every look:",
         *(f"  - {line}" for line in (*_gates(policy.rollout.gates), *_limits(policy.rollout))),
+        "",
+        "Once it serves:",
+        *(f"  - {line}" for line in _monitor(policy.monitor)),
     ]
 
 
@@ -129,3 +132,27 @@ def _limits(rules: RolloutPolicy) -> list[str]:
         f"A good version is rolled back in at most {100 * rules.error_budget:g} % of rollouts.",
         f"Another version that arrives meanwhile {conflict[rules.on_conflict]}.",
     ]
+
+
+def _monitor(rules: Monitor) -> list[str]:
+    lines = [
+        f"It is looked at every {duration(rules.every)}; chance raises {rules.false_alarms_per_year:g} alarms a year."
+    ]
+    if rules.drift:
+        columns = ", ".join(rules.drift.columns) or "its inputs"
+        lines.append(
+            f"drift: predictions and {columns} may not be {rules.drift.threshold:g} ({rules.drift.method}) away from"
+            f" the training rows; {rules.drift.rows_min:,} rows are needed to say anything."
+        )
+    if rules.data:
+        lines.append(f"data: the live rows must meet the expectations in {rules.data}.")
+    if rules.quality:
+        lines.append(
+            f"quality: the mean loss ({rules.quality.metric}) on the labels that came may not be higher by"
+            f" {rules.quality.margin:g} than on the validation rows; a label may lag by {duration(rules.quality.wait)}."
+        )
+    if rules.retrain:
+        lines.append(f"When drift or a loss of quality begins, a run of {rules.retrain.deployment} is started.")
+    back = ", ".join(rules.rollback_on)
+    lines.append(f"An alarm about {back} brings the former version back." if back else "No alarm moves any traffic.")
+    return lines

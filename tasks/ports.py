@@ -318,6 +318,9 @@ class Ledger(Protocol):
     def read(self, rollout: str, after: int = 0) -> list[Entry]:
         """The rollout's entries in order, those after the sequence `after`; none for an unknown one."""
 
+    def last(self, rollout: str, count: int) -> list[Entry]:
+        """The rollout's newest entries, at most so many, in order."""
+
     def rollouts(self, model: str | None = None, active: bool = False) -> list[str]:
         """The rollouts, newest first: of one model, or only those not ended."""
 

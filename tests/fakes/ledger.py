@@ -55,6 +55,10 @@ class FakeLedger:
         self.after("read")
         return found
 
+    def last(self, rollout: str, count: int) -> list[Entry]:
+        self._up("last")
+        return self._books.get(rollout, [])[-count:]
+
     def rollouts(self, model: str | None = None, active: bool = False) -> list[str]:
         self._up("rollouts")
         found = [

@@ -104,3 +104,11 @@ def test_every_ready_made_policy_is_sound_and_names_files_that_are_there(file: P
     if found.checks.data:
         assert (LIBRARY / found.checks.data).is_file()
     assert len(explain(found)) > 10
+
+
+def test_what_monitor_is_told_is_checked_like_the_rest() -> None:
+    made = parse(SOUND + "monitor: {every: 1d, rollback_on: [quality], retrain: {deployment: train/flights}}\n").monitor
+    assert (made.every, made.rollback_on, made.false_alarms_per_year) == (86400.0, ("quality",), 0.1)
+    assert "'monitor.every'" in refused(SOUND + "monitor: {every: 10s}\n")
+    assert "did you mean 'rollback_on'?" in refused(SOUND + "monitor: {rolback_on: [drift]}\n")
+    assert "'monitor.retrain.deployment'" in refused(SOUND + "monitor: {retrain: {deployment: train}}\n")

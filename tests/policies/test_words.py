@@ -42,3 +42,14 @@ def test_limits_are_said_although_the_file_does_not_name_them() -> None:
     text = "\n".join(explain(parse(SOUND)))
     assert "goes back by itself" in text
     assert "at most 5 % of rollouts" in text
+
+
+def test_what_is_looked_at_once_it_serves_has_its_lines() -> None:
+    told = "\n".join(explain(parse(SOUND)))
+    assert "every 1 h; chance raises 0.1 alarms a year" in told
+    assert "No alarm moves any traffic." in told
+    more = "monitor: {every: 1d, data: live.yaml, quality: {margin: 0.03}, retrain: {deployment: train/it}"
+    more += ", rollback_on: [data]}"
+    told = "\n".join(explain(parse(SOUND + more)))
+    for words in ("every 1 d", "live.yaml", "0.03", "train/it", "about data brings the former version back"):
+        assert words in told

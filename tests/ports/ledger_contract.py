@@ -123,6 +123,9 @@ class LedgerContract:
         assert [(e.number, e.sequence) for e in ledger.read("b")] == [(2, 1), (4, 2)]
         assert [e.sequence for e in ledger.read("a", after=1)] == [2, 3]
         assert ledger.read("a", after=3) == []
+        assert [e.sequence for e in ledger.last("a", 2)] == [2, 3]
+        assert [e.sequence for e in ledger.last("b", 5)] == [1, 2]
+        assert ledger.last("c", 1) == []
 
     @pytest.mark.parametrize("sequence", [-1, 0, 1, 2, 4, 5])
     def test_only_the_next_sequence_is_taken(self, ledger: Ledger, connect: Connect, sequence: int) -> None:

@@ -111,6 +111,7 @@ class World:
         event = Requested(self.clock.now(), 0, MODEL, candidate, f"digest-{candidate}", self.stable, terms(self.policy))
         kind, body = to_body(event)
         body["policy"] = self.policy.model_dump(mode="json", by_alias=True)
+        body["policy_digest"] = self.policy.digest
         self.ledger.append(name, 1, event.at, "test", kind, body)
         return name
 

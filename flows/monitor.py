@@ -1,0 +1,378 @@
+"""What serves is looked at again and again: rows and predictions against the training rows, the data's contract, and
+quality as the labels come.
+
+A look is written to the ledger before anything follows from it, under `monitor/MODEL`, with its evidence, so that it
+can be decided again; what follows (events, figures, tags, a retraining, a rollback) is named by that entry, and what
+could not be done is done by the next look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from prefect import flow
+from pydantic import BaseModel, Field
+
+from flows.deliver import in_prefect, whoami
+from flows.publish import artifact_key, rows
+from flows.rollback import take_back
+from flows.rollout import Runner
+from flows.story import fold, policy_of, reports_in
+from flows.wiring import connect, connect_monitor
+from policies import monitor as rules_of
+from policies.events import Phase
+from policies.monitor import LOOKED, TOLD, Seen, Steps
+from policies.policy import Monitor, Policy, parse
+from policies.verdict import GateReport, Verdict
+from tasks import monitor as tasks
+from tasks.ports import BadInput, Bundle, Entry, ModelVersion, NotThere, PortError, Ports, Refused
+from tasks.ports_monitor import Chosen, MonitorPorts, Window
+from tasks.registration import fetch
+from tasks.validation import check_data
+
+_SETTLE_S = 3.0  # the servers write their samples every second
+_DUE = 0.9  # of a period: a schedule is never quite on time
+_LATE = 2.0  # periods after which what followed from a look is not done any more, if it acts on the traffic
+
+
+class Monitoring(BaseModel):
+    """What to look at."""
+
+    model: str = Field("", description="Name of the registered model; every model that serves, if empty.")
+    policy: str = Field("", description="The policy's YAML text; the one that the version was delivered by, if empty.")
+    policy_folder: str = Field(".", description="Folder that this policy's relative paths start from.")
+    at_once: bool = Field(False, description="Look even if the period since the last look is not over.")
+
+
+_EVERYTHING = Monitoring()
+
+
+class CouldNotLook(PortError):
+    """Some model could not be looked at; `looks` holds what was said of all of them."""
+
+    def __init__(self, looks: list[dict[str, Any]]) -> None:
+        failed = [f"{look['model']}: {look['says']}" for look in looks if look["verdict"] == Verdict.ERROR]
+        super().__init__("; ".join(failed))
+        self.looks = looks
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What serves, since when, by which policy; `went_back`: it came (back) by a rollback."""
+
+    model: str
+    version: str
+    since: float
+    policy: Policy
+    folder: Path
+    went_back: bool = False
+
+    @property
+    def rules(self) -> Monitor:
+        return self.policy.monitor
+
+
+@flow(name="monitor", flow_run_name="monitor {request.model}", retries=0)
+def monitor(request: Monitoring = _EVERYTHING) -> list[dict[str, Any]]:
+    """Looks at the model, or at every model that is due; one dictionary per look.
+
+    Raises CouldNotLook, after all others were looked at, where a source was down; NotThere for an unknown model.
+    """
+    looks = monitor_with(connect(), connect_monitor(), request, in_prefect)
+    if any(look["verdict"] == Verdict.ERROR for look in looks):
+        raise CouldNotLook(looks)
+    return looks
+
+
+def monitor_with(ports: Ports, more: MonitorPorts, request: Monitoring, run: Runner) -> list[dict[str, Any]]:
+    """The looks, on the given ports."""
+    models = [request.model] if request.model else sorted(ports.router.routes())
+    looks = []
+    for model in models:
+        try:
+            subject = subject_of(ports, model, request)
+            _catch_up(ports, more, subject, run)
+            due = _period(ports, subject, request.at_once)
+            if due is not None:
+                looks.append(_look(ports, more, subject, due, run))
+        except Refused:
+            looks.append(_nothing(model, Verdict.HOLD, "another look at the model came first"))
+        except PortError as exc:
+            if request.model and isinstance(exc, (BadInput, NotThere)):
+                raise
+            verdict = Verdict.HOLD if isinstance(exc, NotThere) else Verdict.ERROR
+            looks.append(_nothing(model, verdict, str(exc)))
+    return looks
+
+
+def _nothing(model: str, verdict: Verdict, says: str) -> dict[str, Any]:
+    return {"model": model, "version": None, "verdict": str(verdict), "says": says, "reports": [], "standing": []}
+
+
+def subject_of(ports: Ports, model: str, request: Monitoring) -> Subject:
+    """What serves the model now. Raises NotThere where nothing does, or where no policy is known for it."""
+    route = ports.router.current(model)
+    if route is None or route.stable is None:
+        raise NotThere(f"no version of '{model}' serves")
+    promotions = _promotions(ports, model, route.stable)
+    newest = next(promotions, None)
+    if newest is None and not request.policy:
+        raise NotThere(f"v{route.stable} of '{model}' was not promoted here; say by which policy to look at it")
+    state = fold(newest or ())
+    since, went_back = (state.since, "back_from" in newest[0].body) if newest and state else (0.0, False)
+    if request.policy or newest is None:
+        policy, folder = parse(request.policy), request.policy_folder
+    else:
+        # A rollback's request names no folder; that of the delivery before it does.
+        requests = (entries[0].body.get("request") for entries in chain([newest], promotions))
+        policy, folder = policy_of(newest), next((each["policy_folder"] for each in requests if each), ".")
+    return Subject(model, route.stable, since, policy, Path(folder), went_back)
+
+
+def _promotions(ports: Ports, model: str, version: str) -> Iterator[Sequence[Entry]]:
+    """The entries of the rollouts that promoted the version, newest first."""
+    for name in ports.ledger.rollouts(model):
+        entries = ports.ledger.read(name)
+        state = fold(entries)
+        if state is not None and state.phase is Phase.PROMOTED and state.candidate == version:
+            yield entries
+
+
+def book(model: str) -> str:
+    """The name under which the ledger keeps the looks at a model."""
+    return f"monitor/{model}"
+
+
+def _period(ports: Ports, subject: Subject, at_once: bool) -> tuple[float, float] | None:
+    """The time to look at: from the last look's end, or one period; None if it is not due yet."""
+    until, every = ports.clock.now() - _SETTLE_S, subject.rules.every
+    before = _newest(ports, subject)
+    last = before.body["seen"]["until"] if before is not None else until - every
+    if at_once:
+        return max(until - every, subject.since), until
+    if before is not None and until - last < _DUE * every:
+        return None
+    since = last if until - last <= _LATE * every else until - every
+    return max(since, subject.since), until
+
+
+def _newest(ports: Ports, subject: Subject) -> Entry | None:
+    """The newest look at this version."""
+    found = [entry for entry in ports.ledger.last(book(subject.model), 2) if entry.kind == LOOKED]
+    return found[-1] if found and found[-1].body["seen"]["version"] == subject.version else None
+
+
+def _standing(ports: Ports, subject: Subject) -> set[str]:
+    """The alarms that stand, and whose beginning has been acted on."""
+    before = _newest(ports, subject)
+    if before is None:
+        return set()
+    acted_on = ports.ledger.last(book(subject.model), 1)[-1].kind == TOLD
+    return set(before.body["steps"]["standing"]) - set(() if acted_on else before.body["steps"]["began"])
+
+
+# ---------------------------------------------------------------- a look
+
+
+def _look(
+    ports: Ports, more: MonitorPorts, subject: Subject, period: tuple[float, float], run: Runner
+) -> dict[str, Any]:
+    """One look: evidence, verdict, the ledger's entry, and what follows."""
+    with TemporaryDirectory(prefix="lockgate-monitor-") as folder:
+        seen, window = gather(ports, more, subject, period, Path(folder), run)
+        reports = rules_of.judge(subject.rules, seen)
+        steps = rules_of.steps(subject.rules, reports, _standing(ports, subject), subject.went_back)
+        entry = _write(ports, subject, seen, reports, steps)
+        pages = [] if window is None else _pages(more, subject, seen, window, bool(steps.standing), Path(folder), run)
+        errors = _carry_out(ports, more, subject, entry, pages, run)
+    return {**_told(entry), "errors": errors}
+
+
+def _told(entry: Entry) -> dict[str, Any]:
+    """A look as it is told to people and machines."""
+    body = entry.body
+    named = ("verdict", "says", "reports")
+    return {
+        **{key: body["seen"][key] for key in ("model", "version", "since", "until", "rows")},
+        **{key: body[key] for key in named},
+        **{key: body["steps"][key] for key in ("standing", "began")},
+    }
+
+
+def gather(
+    ports: Ports, more: MonitorPorts, subject: Subject, period: tuple[float, float], folder: Path, run: Runner
+) -> tuple[Seen, Window | None]:
+    """The evidence. What could not be read is a problem, what is not there yet is lacking; neither is raised."""
+    seen = Seen(subject.model, subject.version, *period)
+    rules, chosen = subject.rules, _chosen(subject.policy)
+    version: ModelVersion | None = None
+    window: Window | None = None
+    with _noted(seen, "rows"):
+        version = ports.registry.version(subject.model, subject.version)
+        bundle: Bundle = run(fetch, ports.registry, version, name=f"fetch v{version.version}")
+        window = run(tasks.write_window, more.windows, version, bundle, chosen, *period, folder, name="live rows")
+    if window is not None:
+        seen = replace(seen, rows=window.live_rows, reference=window.reference_name)
+        metric = rules.quality.metric if rules.quality else "brier"
+        seen = replace(seen, estimate=rules_of.estimate(metric, window.predictions, window.known))
+        with _noted(seen, "drift"):
+            seen = replace(seen, groups=_groups(more, rules, window, run))
+        with _noted(seen, "data"):
+            if rules.data is not None:
+                suite = subject.folder / rules.data
+                seen = replace(seen, data=run(check_data, ports.contract, suite, window.live, name="check data"))
+    with _noted(seen, "labels"):
+        if rules.quality is not None and version is not None and window is not None:
+            gate = rules.quality
+            live, unlabelled = run(
+                tasks.labelled, more.windows, version, gate.metric, *period, gate.wait, name="labels"
+            )
+            known = more.windows.known_losses(window, gate.metric)
+            seen = replace(seen, live=live, validation=known, unlabelled=unlabelled)
+    return seen, window
+
+
+@contextmanager
+def _noted(seen: Seen, source: str) -> Iterator[None]:
+    """An error of the source is written down in the evidence, and the look goes on."""
+    try:
+        yield
+    except PortError as exc:
+        where = seen.lacking if isinstance(exc, NotThere) else seen.problems
+        where[source] = str(exc)
+
+
+def _chosen(policy: Policy) -> Chosen:
+    return Chosen(policy.prediction.output, policy.prediction.column, policy.checks.label)
+
+
+def _groups(more: MonitorPorts, rules: Monitor, window: Window, run: Runner) -> tuple[Any, ...]:
+    """The comparisons: the predictions, the inputs that are numbers, and those that are text."""
+    gate = rules.drift
+    if gate is None:
+        return ()
+    known = {*window.numbers, *window.texts}
+    unknown = sorted(set(gate.columns) - known)
+    if unknown:
+        raise BadInput(f"monitor.drift.columns names '{unknown[0]}'; the inputs are {', '.join(sorted(known))}")
+    wanted = gate.columns or known
+    plan = (
+        ("predictions", ("prediction",), gate.method),
+        ("inputs", tuple(name for name in window.numbers if name in wanted), gate.method),
+        ("categories", tuple(name for name in window.texts if name in wanted), "jensenshannon"),
+    )
+    needed = rules_of.permutations(rules)
+    return tuple(
+        run(tasks.compare, more.comparer, window, name, columns, method, needed, name=f"compare {name}")
+        for name, columns, method in plan
+        if columns
+    )
+
+
+# ---------------------------------------------------------------- what follows
+
+
+def _write(ports: Ports, subject: Subject, seen: Seen, reports: Sequence[GateReport], steps: Steps) -> Entry:
+    """The look on the ledger. Raises Refused where another look at the model came first."""
+    body = {
+        "rules": subject.rules.model_dump(mode="json"),
+        "policy_digest": subject.policy.digest,
+        "seen": rules_of.to_body(seen),
+        "reports": [asdict(report) for report in reports],
+        "verdict": rules_of.verdict_of(reports),
+        "says": rules_of.summary(reports),
+        "steps": asdict(steps),
+    }
+    name = book(subject.model)
+    last = ports.ledger.last(name, 1)
+    sequence = last[-1].sequence + 1 if last else 1
+    return ports.ledger.append(name, sequence, ports.clock.now(), whoami(), LOOKED, body)
+
+
+def _pages(
+    more: MonitorPorts, subject: Subject, seen: Seen, window: Window, alarm: bool, folder: Path, run: Runner
+) -> list[Path]:
+    """The detector's report: the newest one, and one of its own for each period with an alarm."""
+    stamp = datetime.fromtimestamp(seen.until, UTC).strftime("-%Y%m%dT%H%M%S") if alarm else "-newest"
+    page = folder / f"monitor{stamp}.html"
+    try:
+        return [run(tasks.snapshot, more.comparer, subject.model, seen.until, window, page, name="snapshot")]
+    except PortError:
+        return []  # a report that could not be made changes no verdict
+
+
+def _catch_up(ports: Ports, more: MonitorPorts, subject: Subject, run: Runner) -> None:
+    """What an earlier look could not do is done now."""
+    last = ports.ledger.last(book(subject.model), 1)
+    if last and last[-1].kind == LOOKED:
+        _carry_out(ports, more, subject, last[-1], [], run)
+
+
+def _carry_out(
+    ports: Ports, more: MonitorPorts, subject: Subject, entry: Entry, pages: list[Path], run: Runner
+) -> dict[str, str]:
+    """Everything that follows from the look; returns what could not be done. What may work later is left to the next
+    look, everything again: each part is done once however often it is tried."""
+    body = entry.body
+    key, model, version = f"{book(subject.model)}:{entry.number}", subject.model, body["seen"]["version"]
+    payload = {**{name: body[name] for name in ("verdict", "says")}, **body["steps"], "entry": entry.number}
+    events = ["looked", *body["steps"]["began"], *(f"{kind}.ended" for kind in body["steps"]["ended"])]
+
+    def keep_it() -> None:
+        seen, reports = rules_of.seen_from(body["seen"]), reports_in(body)
+        at = datetime.fromtimestamp(seen.until, UTC).isoformat(timespec="seconds")
+        tags = {"verdict": body["verdict"], "says": body["says"][:4000], "at": at}
+        named = {f"lockgate.monitor.{name}": value for name, value in tags.items()}
+        figures = rules_of.metrics(seen, reports)
+        kept = ports.registry.version(model, version)
+        run(tasks.keep, ports.registry, kept, figures, named, pages, name="keep")
+        said = f"{model} v{version}: **{body['verdict']}**: {body['says']}"
+        run(tasks.show, artifact_key(model, "monitor"), said, rows(reports), name="show")
+
+    def retrain() -> None:
+        asked = body["rules"]["retrain"]
+        run(
+            tasks.start, more.herald, key, asked["deployment"], asked["parameters"], name=f"start {asked['deployment']}"
+        )
+
+    jobs: dict[str, Callable[[], object]] = {
+        name: (lambda name=name: run(  # type: ignore[misc]
+            tasks.tell, more.herald, key, f"lockgate.monitor.{name}", model, version, entry.at, payload, name=name
+        ))
+        for name in events
+    }  # fmt: skip
+    fresh = version == subject.version and ports.clock.now() - entry.at <= _LATE * subject.rules.every
+    if fresh and body["steps"]["rollback"]:
+        reason = f"monitor: {body['says']}"
+        jobs = {"rollback": lambda: take_back(ports, model, reason, whoami(), lambda _: None, run), **jobs}
+    if fresh and body["steps"]["retrain"]:
+        jobs["retrain"] = retrain
+    jobs["keep"] = keep_it
+    errors, later = _try_all(jobs)
+    if not later:
+        with suppress(Refused):  # another look has done it, too
+            ports.ledger.append(
+                entry.rollout, entry.sequence + 1, ports.clock.now(), whoami(), TOLD, {"errors": errors}
+            )
+    return errors | later
+
+
+def _try_all(jobs: Mapping[str, Callable[[], object]]) -> tuple[dict[str, str], dict[str, str]]:
+    """What cannot be done at all, and what may be done later, by name, with why."""
+    errors: dict[str, str] = {}
+    later: dict[str, str] = {}
+    for name, job in jobs.items():
+        try:
+            job()
+        except (BadInput, NotThere, Refused) as exc:
+            errors[name] = str(exc)
+        except PortError as exc:
+            later[name] = str(exc)
+    return errors, later

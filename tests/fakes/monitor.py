@@ -1,0 +1,98 @@
+"""Fakes of what `monitor` needs beside a delivery's ports.
+
+`FakeWindows` gives `rows` rows of each period (none: NotThere), `FakeComparer` says that every group is `distance`
+away, `FakeHerald` keeps what it was told, each key once. `down` makes a fake raise PortError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from policies.evidence import ColumnDrift, Drift, Sums
+from tasks.ports import Bundle, ModelVersion, NotThere, PortError
+from tasks.ports_monitor import Chosen, Window
+
+
+class FakeWindows:
+    """`tasks.ports_monitor.Windows` without files."""
+
+    def __init__(self) -> None:
+        self.rows = 4000
+        self.down = False
+        self.periods: list[tuple[float, float]] = []
+        self.live, self.known = Sums(1000.0, 100.0, 60.0), Sums(1000.0, 100.0, 60.0)
+
+    def write(
+        self, version: ModelVersion, bundle: Bundle, chosen: Chosen, since: float, until: float, folder: Path
+    ) -> Window:
+        if self.down:
+            raise PortError("the samples cannot be read (by the test)")
+        self.periods.append((since, until))
+        if not self.rows:
+            raise NotThere(f"v{version.version} has no sampled row of this period")
+        live, reference = folder / "live.parquet", folder / "reference.parquet"
+        half = self.rows // 2
+        return Window(live, self.rows, half, reference, 4000, 2000, "training rows", ("age",), ("origin",), (0.2,) * 9)
+
+    def losses(self, version: ModelVersion, metric: str, since: float, until: float, wait: float) -> tuple[Sums, int]:
+        return self.live, 7
+
+    def known_losses(self, window: Window, metric: str) -> Sums:
+        return self.known
+
+
+class FakeComparer:
+    """`tasks.ports_monitor.Comparer` by decree."""
+
+    def __init__(self) -> None:
+        self.distance = 0.01
+        self.down = False
+        self.asked: list[tuple[tuple[str, ...], str, int]] = []
+        self.snapshots: list[str] = []
+
+    def compare(
+        self, window: Window, columns: Sequence[str], method: str, permutations: int
+    ) -> tuple[Drift, Drift, Drift]:
+        if self.down:
+            raise PortError("the drift worker ended (by the test)")
+        self.asked.append((tuple(columns), method, permutations))
+        p = 1 / (permutations + 1) if self.distance > 0.05 else 0.6
+        seen = tuple(ColumnDrift(name, method, self.distance, p, high=self.distance * 1.2) for name in columns)
+        halves = (Drift(window.reference_half, window.live_half, seen, p) for _ in range(2))
+        return (Drift(window.reference_rows, window.live_rows, seen, 1.0), *halves)  # type: ignore[return-value]
+
+    def snapshot(self, model: str, at: float, window: Window, page: Path) -> Path:
+        if self.down:
+            raise PortError("the drift worker ended (by the test)")
+        self.snapshots.append(page.name)
+        page.write_text("<html></html>")
+        return page
+
+
+class FakeHerald:
+    """`tasks.ports_monitor.Herald`; `told` has (event, model, version), `started` the deployments."""
+
+    def __init__(self) -> None:
+        self.down = False
+        self.told: list[tuple[str, str, str]] = []
+        self.started: list[str] = []
+        self.deployments = {"train/it"}
+        self._keys: set[str] = set()
+
+    def tell(self, key: str, event: str, model: str, version: str, at: float, payload: Mapping[str, object]) -> None:
+        if self.down:
+            raise PortError("the orchestrator does not answer (by the test)")
+        if f"{key} {event}" not in self._keys:
+            self._keys.add(f"{key} {event}")
+            self.told.append((event, model, version))
+
+    def start(self, key: str, deployment: str, parameters: Mapping[str, object]) -> str:
+        if self.down:
+            raise PortError("the orchestrator does not answer (by the test)")
+        if deployment not in self.deployments:
+            raise NotThere(f"no deployment '{deployment}'")
+        if f"{key} start" not in self._keys:
+            self._keys.add(f"{key} start")
+            self.started.append(deployment)
+        return "run"

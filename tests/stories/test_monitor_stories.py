@@ -1,0 +1,207 @@
+"""Looks at what serves, told as stories: the real flow, a real rollout before it, fakes of all ports, virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.monitor import Monitoring, book, monitor_with
+from flows.record import replay
+from policies.policy import PolicyError
+from tasks.monitor import show
+from tasks.ports import Bundle, ContractBreach, ContractResult, ModelVersion, NotThere
+from tasks.ports_monitor import MonitorPorts
+from tests.fakes.monitor import FakeComparer, FakeHerald, FakeWindows
+from tests.stories.world import MODEL, POLICY, World
+
+HOUR = 3600.0
+ACTING = "monitor: {data: live.yaml, quality: {margin: 0.05}, retrain: {deployment: train/it}, rollback_on: [data]}\n"
+
+
+class Contract:
+    """A data contract whose breaches the test names."""
+
+    breaches: tuple[ContractBreach, ...] = ()
+
+    def check(self, suite: Path, rows: Path) -> ContractResult:
+        return ContractResult(100, 3, self.breaches)
+
+
+class Watched(World):
+    """v2 was promoted over v1, and is looked at from now on."""
+
+    def __init__(self, policy: str = POLICY) -> None:
+        super().__init__(policy)
+        self.recorded: list[Mapping[str, float]] = []
+        self.contract = Contract()
+        self.registry.fetch = lambda version: Bundle(Path("model.onnx"))  # type: ignore[attr-defined]
+        self.registry.record = self._record  # type: ignore[attr-defined]
+        object.__setattr__(self.ports, "contract", self.contract)
+        self.windows, self.comparer, self.herald = FakeWindows(), FakeComparer(), FakeHerald()
+        self.more = MonitorPorts(self.windows, self.comparer, self.herald)
+        assert str(self.drive().phase) == "promoted"
+        self.clock.sleep(HOUR)
+
+    def _record(self, version: ModelVersion, metrics: Mapping[str, float], files: list[Path]) -> str:
+        self.recorded.append(metrics)
+        return "link"
+
+    def look(self, wait_s: float = HOUR, **request: Any) -> list[dict[str, Any]]:
+        def run(task: Any, *args: Any, name: str = "") -> Any:
+            return None if task is show else task.fn(*args)
+
+        found = monitor_with(self.ports, self.more, Monitoring(**request), run)
+        self.clock.sleep(wait_s)
+        return found
+
+    @property
+    def serving(self) -> str | None:
+        route = self.router.current(MODEL)
+        return route.stable if route else None
+
+    @property
+    def events(self) -> list[str]:
+        return [event.removeprefix("lockgate.monitor.") for event, *_ in self.herald.told]
+
+
+def test_a_version_that_is_as_it_was_is_looked_at_every_period_and_nothing_follows() -> None:
+    world = Watched()
+    for _ in range(3):
+        (look,) = world.look()
+        assert (look["verdict"], look["version"], look["standing"]) == ("pass", "2", [])
+    assert world.events == ["looked"] * 3
+    assert world.herald.started == []
+    assert world.registry.tags["2"]["lockgate.monitor.verdict"] == "pass"
+    assert world.recorded[-1]["monitor.inputs.age"] == 0.01
+    assert all(before[1] == after[0] for before, after in pairwise(world.windows.periods))
+
+
+def test_a_look_that_is_not_due_is_not_made_unless_somebody_asks() -> None:
+    world = Watched()
+    assert len(world.look(wait_s=60.0)) == 1
+    assert world.look() == []
+    assert len(world.look(model=MODEL, at_once=True)) == 1
+
+
+def test_drift_is_told_in_its_first_period_once_and_ends_when_it_is_over() -> None:
+    world = Watched(POLICY + ACTING)
+    world.look()
+    world.comparer.distance = 0.4
+    (look,) = world.look()
+    assert (look["verdict"], look["began"]) == ("fail", ["drift"])
+    assert "0.4 from the training rows" in look["says"]
+    world.look()
+    assert world.events == ["looked", "looked", "drift", "looked"]
+    assert world.herald.started == ["train/it"]
+    assert world.comparer.snapshots[0] == "monitor-newest.html"
+    assert world.comparer.snapshots[1] != "monitor-newest.html"
+    world.comparer.distance = 0.01
+    world.look()
+    assert world.events[-1] == "drift.ended"
+    assert world.serving == "2"
+
+
+def test_drift_alone_moves_no_traffic_but_what_the_policy_names_does_and_only_once() -> None:
+    world = Watched(POLICY + ACTING)
+    world.stable = "2"
+    world.target.store.add("digest-3")
+    assert str(world.controller(world.request("r2", "3")).drive().phase) == "promoted"
+    world.clock.sleep(HOUR)
+    breach = (ContractBreach("expect_column_values_to_not_be_null", "age", "9 of 100"),)
+    world.contract.breaches = breach
+    (look,) = world.look()
+    assert (look["version"], look["began"], look["errors"]) == ("3", ["data"], {})
+    assert world.serving == "2"
+    assert world.herald.started == []  # other bytes do not mend wrong data
+    world.contract.breaches = ()
+    assert world.look()[0]["version"] == "2"  # brought back by a rollback, and looked at from then on
+    world.contract.breaches = breach
+    assert world.look()[0]["began"] == ["data"]
+    assert world.serving == "2"
+
+
+@pytest.mark.parametrize("what", ["rows", "windows", "comparer", "registry"])
+def test_what_cannot_be_looked_at_is_neither_an_alarm_nor_an_all_clear(what: str) -> None:
+    world = Watched(POLICY + ACTING)
+    if what == "rows":
+        world.windows.rows = 0
+    else:
+        getattr(world, what).down = True
+    (look,) = world.look()
+    assert look["verdict"] == ("hold" if what == "rows" else "error")
+    assert (look["standing"], look["began"]) == ([], [])
+    assert world.herald.started == []
+    world.windows.rows, world.windows.down, world.comparer.down, world.registry.down = 4000, False, False, False
+    assert world.look()[0]["verdict"] == "pass"
+
+
+def test_an_alarm_stands_while_nobody_can_look() -> None:
+    world = Watched()
+    world.comparer.distance = 0.4
+    world.look()
+    world.windows.down = True
+    assert world.look()[0]["standing"] == ["drift"]
+
+
+def test_what_could_not_be_told_is_told_by_the_next_look_and_nothing_twice() -> None:
+    world = Watched(POLICY + ACTING)
+    world.comparer.distance = 0.4
+    world.herald.down = True
+    (look,) = world.look(wait_s=60.0)
+    assert set(look["errors"]) == {"looked", "drift", "retrain"}
+    world.herald.down = False
+    assert world.look() == []  # not due, but what is owed is paid
+    assert sorted(world.events) == ["drift", "looked"]
+    assert world.herald.started == ["train/it"]
+    world.look()
+    assert world.herald.started == ["train/it"]
+
+
+def test_a_beginning_that_nobody_was_told_of_for_a_whole_period_begins_anew() -> None:
+    world = Watched(POLICY + ACTING)
+    world.comparer.distance = 0.4
+    world.herald.down = True
+    world.look()
+    world.look()
+    world.herald.down = False
+    world.look()
+    assert world.herald.started
+    assert "drift" in world.events
+
+
+def test_a_retraining_that_does_not_exist_is_said_and_not_tried_for_ever() -> None:
+    world = Watched(POLICY + ACTING)
+    world.herald.deployments.clear()
+    world.comparer.distance = 0.4
+    (look,) = world.look()
+    assert look["errors"] == {"retrain": "no deployment 'train/it'"}
+    assert world.ledger.last(book(MODEL), 1)[0].body["errors"] == look["errors"]
+
+
+def test_every_look_can_be_decided_again_from_the_ledger() -> None:
+    world = Watched(POLICY + ACTING)
+    world.look()
+    world.comparer.distance = 0.4
+    world.look()
+    looks, differences = replay(world.ledger.read(book(MODEL)))
+    assert (looks, differences) == (2, [])
+
+
+def test_a_model_that_nobody_serves_is_not_there_and_others_are_looked_at_all_the_same() -> None:
+    world = Watched()
+    with pytest.raises(NotThere, match="no version of 'other' serves"):
+        world.look(model="other")
+    with pytest.raises(PolicyError):
+        world.look(model=MODEL, policy="policy: [")
+
+
+def test_without_a_ledger_nothing_is_said() -> None:
+    world = Watched()
+    world.ledger.down = True
+    (look,) = world.look()
+    assert look["verdict"] == "error"
+    assert world.events == []
