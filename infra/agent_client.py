@@ -8,19 +8,16 @@ AgentError                the agent could not do it (its sentence is in the mess
 
 from __future__ import annotations
 
-import socket
+import http.client
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
-import httpx
-
+from infra.connection_unix import NotListening, ask
 from policies.traffic import Route
-
-CONNECT_S = 2.0
 
 
 class AgentError(Exception):
@@ -44,26 +41,12 @@ class AgentRejected(AgentError):
 
 
 class AgentClient:
-    """One agent, by its home folder. Safe to use from several threads; every call is bounded by `timeout_s`."""
+    """One agent, by its home folder. Safe to use from several threads; the agent may be silent for `timeout_s`."""
 
     def __init__(self, home: Path, timeout_s: float = 30.0) -> None:
         self._home = home
         self._socket = home / "agent.sock"
-        transport = httpx.HTTPTransport(uds=str(self._socket), limits=httpx.Limits(max_keepalive_connections=0))
-        timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
-        # No proxy from the environment, no connection kept: the agent may be another one by the next call.
-        self._http = httpx.Client(transport=transport, base_url="http://agent", timeout=timeout, trust_env=False)
-
-    def __enter__(self) -> AgentClient:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._http.close()
+        self._timeout_s = timeout_s
 
     def status(self) -> dict[str, Any]:
         """Everything that runs and is routed there."""
@@ -115,29 +98,23 @@ class AgentClient:
         """What the agent did by itself after that event, oldest first."""
         return list(self._ask("GET", f"/v1/events?after={after}")["events"])
 
-    def _check_listening(self) -> None:
-        """Raises AgentAbsent. Asked first, since httpcore 1.0 leaves its socket open when it cannot connect."""
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(CONNECT_S)
-            try:
-                probe.connect(str(self._socket))
-            except OSError as exc:
-                raise AgentAbsent(f"the agent does not listen on {self._socket}: is it running? ({exc})") from exc
-
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         try:
             token = (self._home / "agent.token").read_text().strip()
         except OSError as exc:
             raise AgentAbsent(f"no agent has been started on {self._home} ({exc.strerror}): start it first") from exc
-        self._check_listening()
         headers = {"Authorization": f"Bearer {token}"}
+        data = b"" if body is None else json.dumps(body).encode()
+        what = f"{method} {path}"
         try:
-            answer = self._http.request(method, path, json=body, headers=headers)
-        except httpx.TimeoutException as exc:
-            raise AgentAbsent(f"the agent on {self._socket} did not answer {method} {path} in time") from exc
-        except httpx.TransportError as exc:
-            raise AgentAbsent(f"the connection to the agent broke during {method} {path}: {exc!r}") from exc
-        return _answer(answer, f"{method} {path}")
+            status, answer = ask(f"unix:{self._socket}", method, path, self._timeout_s, data, headers)
+        except NotListening as exc:
+            raise AgentAbsent(f"the agent does not listen on {self._socket}: is it running? ({exc})") from exc
+        except TimeoutError as exc:
+            raise AgentAbsent(f"the agent on {self._socket} did not answer {what} in time") from exc
+        except (OSError, http.client.HTTPException) as exc:
+            raise AgentAbsent(f"the connection to the agent broke during {what}: {exc!r}") from exc
+        return _answer(status, answer, what)
 
 
 def route_of(held: Mapping[str, Any]) -> Route:
@@ -145,17 +122,18 @@ def route_of(held: Mapping[str, Any]) -> Route:
     return Route(**{name: value for name, value in held.items() if name not in ("lease_left_s", "lease_lost")})
 
 
-def _answer(answer: httpx.Response, what: str) -> dict[str, Any]:
+def _answer(status: int, answer: bytes, what: str) -> dict[str, Any]:
     try:
-        body = answer.json()
+        body = json.loads(answer)
     except ValueError as exc:
-        raise AgentError(f"the agent's answer to {what} is not JSON: {answer.text[:200]!r}") from exc
-    if answer.is_success:
+        shown = answer[:200].decode(errors="replace")
+        raise AgentError(f"the agent's answer to {what} is not JSON: {shown!r}") from exc
+    if 200 <= status < 300:
         return dict(body)
-    sentence = str(body.get("error", f"status {answer.status_code}"))
-    if answer.status_code == 409:
+    sentence = str(body.get("error", f"status {status}"))
+    if status == 409:
         raise AgentRefused(sentence, body)
-    if 400 <= answer.status_code < 500:
+    if 400 <= status < 500:
         raise AgentRejected(sentence, body)
     raise AgentError(sentence, body)
 

@@ -15,10 +15,6 @@ class EnvoyRouter:
     def __init__(self, agent_home: Path) -> None:
         self._agent = AgentClient(agent_home)
 
-    def close(self) -> None:
-        """Ends its connection."""
-        self._agent.close()
-
     def apply(self, route: Route) -> None:
         try:
             self._agent.set_route(route)

@@ -29,10 +29,6 @@ class LocalTarget:
         self._home = agent_home
         self._agent = AgentClient(agent_home)
 
-    def close(self) -> None:
-        """Ends its connection."""
-        self._agent.close()
-
     def deploy(self, deployment: Deployment, trial: bool = False) -> list[Endpoint]:
         model = deployment.model + (_TRIAL if trial else "")
         try:

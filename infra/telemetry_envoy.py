@@ -17,18 +17,16 @@ The prediction histogram comes from the servers' own `/metrics`. What a server c
 from __future__ import annotations
 
 import http.client
+import json
 import re
-import socket
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote, urlsplit
-
-import httpx
+from urllib.parse import quote
 
 from infra.agent_client import AgentClient, AgentError
+from infra.connection_unix import ask
 from policies.evidence import LATENCY_EDGES_MS, SCORE_EDGES, Counts
 from serving.gateway import arm_pattern, cluster_name
 from tasks.ports import PortError
@@ -45,13 +43,7 @@ class EnvoyCounts:
 
     def __init__(self, agent_home: Path) -> None:
         self._agent = AgentClient(agent_home, timeout_s=5.0)
-        self._http = httpx.Client(timeout=TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
         self._scores: dict[tuple[str, str], _Scores] = {}
-
-    def close(self) -> None:
-        """Ends its connections."""
-        self._agent.close()
-        self._http.close()
 
     def counts(self, model: str, version: str, role: Role = "live") -> Counts:
         """Cumulative counters of the version in that role; zeros before its first request.
@@ -64,7 +56,7 @@ class EnvoyCounts:
         except AgentError as exc:
             raise PortError(f"the counts of {model} v{version} cannot be read: {exc}") from exc
         gateway = status["gateway"]
-        stats = self._stats(gateway["admin"], _pattern(model, version, role))
+        stats = _stats(gateway["admin"], _pattern(model, version, role))
         live = role == "live"
         timed_out = stats.total("upstream_rq_max_duration_reached")
         requests = stats.total("upstream_rq_completed") + (0 if live else timed_out)
@@ -79,16 +71,19 @@ class EnvoyCounts:
             epoch=f"{gateway['pid']}-{gateway['started_at']:.0f}",
         )
 
-    def _stats(self, admin: str, pattern: str) -> _Stats:
-        if not admin:
-            raise PortError("the gateway is not running, so its counters cannot be read")
-        url = f"{admin}/stats?format=json&usedonly&histogram_buckets=disjoint&filter={quote(pattern, safe='')}"
-        try:
-            answer = self._http.get(url)
-            answer.raise_for_status()
-            return _parsed(answer.json())
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as exc:
-            raise PortError(f"the gateway's counters at {admin} cannot be read: {exc!r}") from exc
+
+def _stats(admin: str, pattern: str) -> _Stats:
+    """What Envoy has counted under the names that fit. Raises PortError."""
+    if not admin:
+        raise PortError("the gateway is not running, so its counters cannot be read")
+    target = f"/stats?format=json&usedonly&histogram_buckets=disjoint&filter={quote(pattern, safe='')}"
+    try:
+        status, body = ask(admin, "GET", target, TIMEOUT_S)
+        if status != 200:
+            raise ValueError(f"status {status}")
+        return _parsed(json.loads(body))
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as exc:
+        raise PortError(f"the gateway's counters at {admin} cannot be read: {exc!r}") from exc
 
 
 @dataclass
@@ -152,24 +147,11 @@ class _Scores:
 
 def _metrics(endpoint: str) -> str:
     """What a server says of itself; nothing if it does not answer."""
-    address = endpoint.removeprefix("unix:") if endpoint.startswith("unix:") else urlsplit(endpoint).netloc
-    made = _UnixConnection if endpoint.startswith("unix:") else http.client.HTTPConnection
-    with closing(made(address, timeout=TIMEOUT_S)) as connection:
-        try:
-            connection.request("GET", "/metrics", headers={"connection": "close"})
-            answer = connection.getresponse()
-            return answer.read().decode() if answer.status == 200 else ""
-        except (OSError, http.client.HTTPException):
-            return ""
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket. (An httpx client costs 20 ms to make, and this is done every second.)"""
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(TIMEOUT_S)
-        self.sock.connect(self.host)
+    try:
+        status, body = ask(endpoint, "GET", "/metrics", TIMEOUT_S)
+    except (OSError, http.client.HTTPException):
+        return ""
+    return body.decode() if status == 200 else ""
 
 
 def _histogram(text: str) -> tuple[int, ...]:

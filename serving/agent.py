@@ -1,6 +1,6 @@
 """The node agent: runs Envoy and the model servers of one machine, holds the routes durably, and enforces leases.
 
-    python -m serving.agent --home DIR [--gateway-host H] [--gateway-port P] [--gateway-admin-port P]
+    python -m serving.agent --home DIR [--gateway-host H] [--gateway-port P]
 
 Killed with SIGKILL it leaves Envoy and the servers running, and takes them over when it is started again. SIGTERM
 drains and ends all of them. What it does is in `node.py`, its API in `agent_api.py`.
@@ -82,7 +82,6 @@ def _parse(arguments: Sequence[str] | None) -> AgentSettings:
     parser.add_argument("--home", type=Path, required=True, help="where its state, models, samples and logs are kept")
     parser.add_argument("--gateway-host", default=defaults.host)
     parser.add_argument("--gateway-port", type=int, default=defaults.port)
-    parser.add_argument("--gateway-admin-port", type=int, default=0, help="0: any free one")
     parser.add_argument("--gateway-threads", type=int, default=1)
     parser.add_argument("--request-timeout-s", type=float, default=defaults.request_timeout_s)
     parser.add_argument("--attempt-timeout-s", type=float, default=defaults.attempt_timeout_s)
@@ -95,7 +94,6 @@ def _parse(arguments: Sequence[str] | None) -> AgentSettings:
         defaults,
         host=given.gateway_host,
         port=given.gateway_port,
-        admin_port=given.gateway_admin_port,
         request_timeout_s=given.request_timeout_s,
         attempt_timeout_s=given.attempt_timeout_s,
         shadow_timeout_s=given.shadow_timeout_s,

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,36 @@ UNUSED_MODELS_KEPT = 10
 
 def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
     """`path` holds `data`, also after a power failure. Raises NotDurable (disk full, read-only, ...)."""
+    put_in_place(write_aside(path, data, mode), path)
+
+
+def write_aside(path: Path, data: bytes, mode: int = 0o600) -> Path:
+    """Quick: the data is in a file beside `path`, for `put_in_place`. Raises NotDurable where there is no room."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with _durable(path, aside):
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with open(descriptor, "wb") as file:  # noqa: PTH123 - from a descriptor, to set the mode at creation
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    return aside
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """As slow as the disk: what is in `aside` is on it, and then under the name `path`. Raises NotDurable."""
+    with _durable(path, aside):
+        descriptor = os.open(aside, os.O_WRONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         aside.replace(path)
         _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _durable(path: Path, aside: Path) -> Iterator[None]:
+    """What the system refuses becomes NotDurable, and leaves nothing aside."""
+    try:
+        yield
     except OSError as exc:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -41,14 +62,9 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Readers of `path` find the old content or `data`, never half of it; not synced, so quick. Raises NotDurable."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(data)
+    aside = write_aside(path, data)
+    with _durable(path, aside):
         aside.replace(path)
-    except OSError as exc:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise NotDurable(f"could not write {path}: {exc.strerror or exc}") from exc
 
 
 def _sync_folder(folder: Path) -> None:

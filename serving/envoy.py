@@ -1,7 +1,7 @@
 """Runs Envoy: writes its files, starts it or goes on with one that survived, and says when a change is in force.
 
 Envoy reads the files again when one is renamed into their folders. What it has taken on it names by `version_info`,
-which is asked for over its admin port: a change counts as in force only then.
+which is asked for over its admin socket: a change counts as in force only then.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ class Envoy:
         self.settings = settings
         self.process: Process | None = None
         self.ready = False
-        self.admin = ""
         self.restarts = 0
         self._home = home
         self._threads = threads
@@ -85,6 +84,8 @@ class Envoy:
         self._confirmed: dict[str, str] = {}  # the same, as the running process has said
         for folder in ("clusters", "routes"):
             (self._folder / folder).mkdir(parents=True, exist_ok=True)
+        self._folder.chmod(0o700)  # Envoy sets the mode of its admin socket a moment after it has made it
+        self._admin = self._folder / gateway.ADMIN_SOCKET
         self._bootstrap = gateway.bootstrap(settings, self._folder)
 
     @property
@@ -94,7 +95,8 @@ class Envoy:
 
     async def begin(self, survivor: Process | None, clusters: _Resources, routes: _Resources) -> None:
         """In service with this configuration when it returns. Raises StartError."""
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))
+        connector = aiohttp.UnixConnector(path=str(self._admin))
+        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=2.0))
         if survivor is None or not await self._adopt(survivor, clusters, routes):
             check_port(self.settings.host, self.settings.port)
             try:
@@ -147,9 +149,9 @@ class Envoy:
 
     def _write(self, kind: str, resources: _Resources) -> None:
         self._confirmed.pop(kind, None)
-        body = json.dumps(gateway.discovery(resources), indent=1).encode()
-        write_whole(self._folder / kind / f"{kind}.json", body)
-        self._written[kind] = gateway.content_version(resources)
+        version = gateway.content_version(resources)
+        write_whole(self._folder / kind / f"{kind}.json", gateway.discovery(resources, version))
+        self._written[kind] = version
 
     async def _in_force(self) -> dict[str, str]:
         """What Envoy says it has taken on, by kind; empty if it cannot be asked."""
@@ -161,17 +163,16 @@ class Envoy:
         return {"clusters" if name.startswith("cluster_manager") else "routes": text for name, text in found.items()}
 
     async def _ask(self, method: str, path: str) -> str:
-        if self._session is None or not self.admin:
+        if self._session is None:
             raise aiohttp.ClientConnectionError("Envoy is not running")
-        async with self._session.request(method, self.admin + path) as answer:
+        async with self._session.request(method, "http://envoy" + path) as answer:
             return await answer.text()
 
     def _start(self) -> None:
         write_whole(self._folder / "bootstrap.json", json.dumps(self._bootstrap, indent=1).encode())
-        address = self._folder / "admin-address"
-        address.unlink(missing_ok=True)
-        command = [str(binary()), "-c", str(self._folder / "bootstrap.json"), "--admin-address-path", str(address)]
-        command += ["--concurrency", str(self._threads), "--disable-hot-restart", "--log-level", "warning"]
+        self._admin.unlink(missing_ok=True)
+        command = [str(binary()), "-c", str(self._folder / "bootstrap.json"), "--concurrency", str(self._threads)]
+        command += ["--disable-hot-restart", "--log-level", "warning"]
         try:
             self.process = start(command, mark(self._home, self.what), self._log)
         except OSError as exc:
@@ -179,16 +180,13 @@ class Envoy:
 
     async def _until_ready(self) -> None:
         deadline = time.monotonic() + START_S_MAX
-        address = self._folder / "admin-address"
         while time.monotonic() < deadline:
             if self.process is None or self.process.exited.is_set():
                 raise StartError(f"Envoy ended at start: {last_words(self._log)}")
-            with contextlib.suppress(OSError):
-                self.admin = f"http://{address.read_text().strip()}"
-                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                    if "LIVE" in await self._ask("GET", "/ready"):
-                        self.ready = True
-                        return
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                if "LIVE" in await self._ask("GET", "/ready"):
+                    self.ready = True
+                    return
             await asyncio.sleep(0.02)
         raise StartError(f"Envoy was not ready within {START_S_MAX:g} s: {last_words(self._log)}")
 
@@ -277,7 +275,7 @@ class Envoy:
     def status(self) -> dict[str, Any]:
         return {
             "url": f"http://{self.settings.host}:{self.settings.port}",
-            "admin": self.admin,
+            "admin": f"unix:{self._admin}" if self.process else "",
             "pid": self.process.pid if self.process else None,
             "started_at": self.process.started_at if self.process else None,
             "ready": self.ready,

@@ -29,6 +29,8 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+import orjson
+
 from policies.evidence import LATENCY_EDGES_MS
 from policies.traffic import Route
 
@@ -37,6 +39,7 @@ MODEL_HEADER = "x-lockgate-model"
 VERSION_HEADER = "x-lockgate-version"
 ROUTES = "models"  # the name of the one route configuration
 STAT_PREFIX = "gateway"
+ADMIN_SOCKET = "admin.sock"
 
 _TYPE = "type.googleapis.com/"
 _Json = dict[str, Any]
@@ -53,8 +56,6 @@ class GatewaySettings:
 
     host: str = "127.0.0.1"
     port: int = 8080
-    admin_host: str = "127.0.0.1"
-    admin_port: int = 0
     request_timeout_s: float = 15.0
     attempt_timeout_s: float = 5.0
     shadow_timeout_s: float = 2.0
@@ -105,12 +106,12 @@ def _escaped(part: str) -> str:
 
 def content_version(resources: object) -> str:
     """A name for exactly this content, by which Envoy says which content is in force."""
-    return hashlib.sha256(json.dumps(resources, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(orjson.dumps(resources, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-def discovery(resources: list[_Json]) -> _Json:
+def discovery(resources: list[_Json], version: str) -> bytes:
     """The file form of a set of resources, as Envoy reads it."""
-    return {"version_info": content_version(resources), "resources": resources}
+    return orjson.dumps({"version_info": version, "resources": resources}, option=orjson.OPT_INDENT_2)
 
 
 # --- routes ---------------------------------------------------------------------------------------------------------
@@ -357,10 +358,10 @@ def _arm(model: str, version: str, stable: str) -> _Json:
 
 def bootstrap(settings: GatewaySettings, folder: PurePath) -> _Json:
     """What Envoy is started with. It reads `folder`/clusters/clusters.json and `folder`/routes/routes.json, and again
-    whenever a file is renamed into those folders."""
+    whenever a file is renamed into those folders. Its admin interface, which could end it, is a socket in `folder`."""
     return {
         "node": {"id": "lockgate", "cluster": "lockgate"},
-        "admin": {"address": _socket(settings.admin_host, settings.admin_port)},
+        "admin": {"address": {"pipe": {"path": str(folder / ADMIN_SOCKET), "mode": 0o600}}},
         "dynamic_resources": {"cds_config": _watched(folder / "clusters", "clusters.json")},
         "static_resources": {"listeners": [_listener(settings, folder)]},
         "overload_manager": {

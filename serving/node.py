@@ -1,14 +1,15 @@
 """What runs and what is routed on this machine: the node agent without its process and its API.
 
-Its state is one file, written before anything is done about it; `begin` makes the machine be as the file says, going on
-with the processes that survived a killed agent. One coroutine at a time changes anything.
+Its state is one file; `begin` makes the machine be as the file says, going on with the processes that survived a killed
+agent. A change of traffic is answered once it is on disk and in force; both are waited for at once, since a disk may
+take longer than all the rest. An agent that dies in between has answered nobody, and goes on from the former state. One
+coroutine at a time changes anything.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import re
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import orjson
+
 from policies.traffic import Route
 from serving import gateway, routes
 from serving.agent_errors import AgentError, BadRequest, Conflict, NotDurable, StartError
-from serving.durable import EventLog, ModelStore, drop_oldest, read_json, write_durably
+from serving.durable import EventLog, ModelStore, drop_oldest, put_in_place, read_json, write_aside, write_durably
 from serving.envoy import Envoy
 from serving.launcher import SERVER, Launcher
 from serving.processes import Process, survivors
@@ -63,6 +66,7 @@ class Agent:
         self.settings = settings
         self.home = settings.home
         self.started = time.time()
+        self._state = self.home / "state.json"
         self._lock = asyncio.Lock()
         self._runners: dict[tuple[str, str], VersionRunner] = {}
         self._held: dict[str, routes.Held] = {}
@@ -184,20 +188,37 @@ class Agent:
             await self._take_on(held, before, may_be_lost=routes.without_more(before.route if before else None, route))
 
     async def _take_on(self, held: routes.Held, before: routes.Held | None, may_be_lost: bool) -> None:
-        """Writes the route down, then brings it in force. With `may_be_lost` an unwritable disk does not prevent it."""
+        """Brings the route in force and on disk. With `may_be_lost` a disk that takes no more does not prevent it; else
+        the former route stays, or is in force again, when NotDurable is raised.
+        """
         model = held.route.model
-        self._held[model] = held
+        self._hold(model, held)
         try:
-            self._save(self._specs())
+            aside = write_aside(self._state, self._as_bytes(self._specs()))
         except NotDurable as exc:
             if not may_be_lost:
-                if before is None:
-                    del self._held[model]
-                else:
-                    self._held[model] = before
+                self._hold(model, before)
                 raise
-            self._tell("not-durable", f"the route of {model} is in force but not on disk: {exc}", model=model)
-        await self._apply()
+            self._tell("not-durable", f"the route of {model} will not be on disk: {exc}", model=model)
+            await self._apply()
+            return
+        # In this order: the gateway is told before the disk is waited for.
+        on_disk = asyncio.to_thread(put_in_place, aside, self._state)
+        applied, written = await asyncio.gather(self._apply(), on_disk, return_exceptions=True)
+        if isinstance(written, NotDurable) and may_be_lost:
+            self._tell("not-durable", f"the route of {model} is not on disk: {written}", model=model)
+        elif isinstance(written, BaseException):
+            self._hold(model, before)
+            await self._apply()
+            raise written
+        if isinstance(applied, BaseException):
+            raise applied
+
+    def _hold(self, model: str, held: routes.Held | None) -> None:
+        if held is None:
+            self._held.pop(model, None)
+        else:
+            self._held[model] = held
 
     async def renew(self, model: str, epoch: int) -> float | None:
         """The lease begun anew; the seconds it now has. Raises Conflict."""
@@ -346,6 +367,9 @@ class Agent:
 
     def _save(self, specs: Sequence[VersionSpec]) -> None:
         """Raises NotDurable."""
+        write_durably(self._state, self._as_bytes(specs))
+
+    def _as_bytes(self, specs: Sequence[VersionSpec]) -> bytes:
         now, wall = since_boot(), time.time()
         state = {
             "form": 1,
@@ -361,11 +385,11 @@ class Agent:
                 for held in self._held.values()
             ],
         }
-        write_durably(self.home / "state.json", json.dumps(state, indent=1).encode())
+        return orjson.dumps(state, option=orjson.OPT_INDENT_2)
 
     def _load(self) -> list[VersionSpec]:
         """Takes the routes from the state file and returns the versions. Raises BadRequest for a file that is none."""
-        state = read_json(self.home / "state.json")
+        state = read_json(self._state)
         if state is None:
             return []
         try:
@@ -378,7 +402,7 @@ class Agent:
                 self._held[route.model] = routes.Held(route, renewed, lost)
             return [VersionSpec(**entry) for entry in state["versions"]]
         except (KeyError, TypeError, ValueError) as exc:
-            raise BadRequest(f"{self.home / 'state.json'} does not read as an agent's state: {exc!r}") from exc
+            raise BadRequest(f"{self._state} does not read as an agent's state: {exc!r}") from exc
 
     def _tell(self, kind: str, says: str, **facts: Any) -> None:
         _log.info("%s", says)

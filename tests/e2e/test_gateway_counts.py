@@ -25,10 +25,8 @@ def agent(tmp_path: Path) -> Iterator[RunningAgent]:
 
 
 @pytest.fixture
-def telemetry(agent: RunningAgent) -> Iterator[EnvoyCounts]:
-    reading = EnvoyCounts(agent.home)
-    yield reading
-    reading.close()
+def telemetry(agent: RunningAgent) -> EnvoyCounts:
+    return EnvoyCounts(agent.home)
 
 
 def settled(telemetry: EnvoyCounts, version: str, role: str, requests: int) -> Counts:
@@ -113,4 +111,3 @@ def test_without_the_agent_there_are_no_counts_and_the_error_says_so(agent: Runn
     telemetry = EnvoyCounts(agent.folder / "elsewhere")
     with pytest.raises(PortError, match="no agent has been started"):
         telemetry.counts("m", "1")
-    telemetry.close()

@@ -58,7 +58,6 @@ def test_shadow_and_stable_keep_the_same_rows_and_everything_is_counted(agent: R
     telemetry = EnvoyCounts(agent.home)
     until(lambda: telemetry.counts("m", "2", "shadow").requests == REQUESTS, "all copies are counted")
     live, shadow = telemetry.counts("m", "1", "live"), telemetry.counts("m", "2", "shadow")
-    telemetry.close()
     assert (live.requests, live.errors, shadow.requests, shadow.errors) == (REQUESTS, 0, REQUESTS, 0)
     assert sum(live.scores) == sum(shadow.scores) == REQUESTS
 

@@ -22,7 +22,4 @@ class TestLocalTraffic(TrafficContract):
         agent = RunningAgent(tmp_path).start()
         target, router = LocalTarget(agent.home), EnvoyRouter(agent.home)
         yield Node(target, router, tmp_path, time.sleep)
-        target.close()
-        router.close()
         agent.stop()
-        agent.client.close()

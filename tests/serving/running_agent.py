@@ -101,7 +101,6 @@ class RunningAgent:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(30)
-        self.client.close()
         for pid in self.children():
             os.kill(pid, signal.SIGKILL)
 

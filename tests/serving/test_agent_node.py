@@ -1,0 +1,93 @@
+"""How a change of traffic comes to be in force and on disk: the agent's node with a gateway that only takes notes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from policies.traffic import Route
+from serving import gateway, node
+from serving.agent_errors import NotDurable
+from serving.durable import put_in_place
+from serving.supervisor import VersionSpec
+
+PATH = "/v2/models/m"
+
+
+class NotingEnvoy:
+    """Takes on whatever it is told, at once."""
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+        self.weights: list[int] = []
+
+    async def put(self, kind: str, resources: list[dict[str, Any]]) -> None:
+        if kind == "routes":
+            entries = resources[0]["virtual_hosts"][0]["routes"]
+            split = next(entry["route"] for entry in entries if entry["match"].get("path_separated_prefix") == PATH)
+            shares = {one["name"]: one["weight"] for one in split["weighted_clusters"]["clusters"]}
+            self.weights.append(shares.get(gateway.arm_name("m", "2", "1"), 0))
+            self.told.set()
+
+
+@pytest.fixture
+def envoy() -> NotingEnvoy:
+    return NotingEnvoy()
+
+
+@pytest.fixture
+def agent(tmp_path: Path, envoy: NotingEnvoy) -> node.Agent:
+    """Two versions that are ready, and no process."""
+    made = node.Agent(node.AgentSettings(tmp_path, gateway.GatewaySettings()))
+    made._envoy = envoy  # type: ignore[assignment]
+    for version in ("1", "2"):
+        replica = SimpleNamespace(endpoint=f"unix:{version}.sock", ready=True)
+        spec = VersionSpec("m", version, "0" * 64)
+        made._runners["m", version] = SimpleNamespace(spec=spec, replicas=[replica], ready=1)  # type: ignore[assignment]
+    return made
+
+
+def canary(weight: int, epoch: int) -> Route:
+    return Route("m", "1", "2", weight=weight, epoch=epoch)
+
+
+def on_disk(agent: node.Agent) -> Any:
+    return json.loads((agent.home / "state.json").read_bytes())["routes"][0]["route"]["weight"]
+
+
+def test_the_gateway_does_not_wait_for_the_disk_but_the_answer_does(
+    agent: node.Agent, envoy: NotingEnvoy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(aside: Path, path: Path) -> None:
+        assert envoy.told.wait(10), "the disk was waited for first"
+        put_in_place(aside, path)
+
+    monkeypatch.setattr(node, "put_in_place", slow)
+    asyncio.run(agent.set_route(canary(10, epoch=1)))
+    assert envoy.weights == [10]
+    assert on_disk(agent) == 10
+
+
+def test_a_disk_that_fails_late_takes_a_larger_share_back(
+    agent: node.Agent, envoy: NotingEnvoy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(aside: Path, path: Path) -> None:
+        raise NotDurable("input/output error")
+
+    async def grow_then_shrink() -> None:
+        await agent.set_route(canary(10, epoch=1))
+        monkeypatch.setattr(node, "put_in_place", failing)
+        with pytest.raises(NotDurable):
+            await agent.set_route(canary(20, epoch=2))
+        await agent.set_route(Route("m", "1", epoch=3))
+
+    asyncio.run(grow_then_shrink())
+    assert envoy.weights == [10, 20, 10, 0]
+    assert on_disk(agent) == 10
+    assert [event["kind"] for event in agent.events(0)] == ["not-durable"]
