@@ -82,11 +82,13 @@ def up(
     prefect_port: Annotated[int | None, typer.Option(help="Port of the Prefect server and UI.")] = None,
     mlflow_port: Annotated[int | None, typer.Option(help="Port of the MLflow server and UI.")] = None,
     gateway_port: Annotated[int | None, typer.Option(help="Port of the gateway, for predictions.")] = None,
+    evidently_port: Annotated[int | None, typer.Option(help="Start Evidently's UI, too, on this port.")] = None,
 ) -> None:
     """Start the local platform: Prefect, MLflow, node agent with gateway, worker and reconciler."""
     from flows import platform
 
     given = {"prefect_port": prefect_port, "mlflow_port": mlflow_port, "gateway_port": gateway_port}
+    given["evidently_port"] = evidently_port
     settings = Settings.model_validate({**_settings().model_dump(), **{k: port for k, port in given.items() if port}})
     raise typer.Exit(platform.up(settings, detach, out, err))
 
@@ -282,9 +284,7 @@ def monitor(
     """Look now at what serves: drift, data, quality. Exit 1 where something is amiss, 3 where it could not be told."""
     from flows.run import run_monitor
 
-    _, text, folder = _policy(policy) if policy else (None, "", Path())
-    request = {"model": model, "policy": text, "policy_folder": str(folder), "at_once": True}
-    code, look = run_monitor(_settings(), request, None if as_json else out, err)
+    code, look = run_monitor(_settings(), model, str(policy) if policy else None, None if as_json else out, err)
     if as_json and look is not None:
         _print(look)
     raise typer.Exit(code)

@@ -47,6 +47,12 @@ ALL = (
         "Rollouts that nobody drives go on, and what was left over is mended. `lockgate up` does so all the time.",
         interval_s=600.0,
     ),
+    Deployed(
+        "monitor",
+        "flows.monitor.monitor",
+        "Looks at every model that serves and is due: drift, the data's contract, quality as labels come.",
+        cron="7 * * * *",
+    ),
 )
 
 
@@ -56,7 +62,7 @@ def flow_of(deployed: Deployed) -> Any:
     return getattr(import_module(module), name)
 
 
-def apply(deliveries_at_once: int) -> None:
+def apply(deliveries_at_once: int, monitor_cron: str | None = None) -> None:
     """Work pool, queues and deployments are on the Prefect server as they are here. Idempotent."""
     from prefect.types.entrypoint import EntrypointType
 
@@ -66,7 +72,7 @@ def apply(deliveries_at_once: int) -> None:
             name=each.name,
             description=each.description,
             interval=each.interval_s,
-            cron=each.cron,
+            cron=monitor_cron if each.cron and monitor_cron else each.cron,
             parameters=each.parameters,
             tags=[POOL],
             work_pool_name=POOL,

@@ -18,18 +18,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from prefect import flow
-from pydantic import BaseModel, Field
 
 from flows.deliver import in_prefect, whoami
+from flows.policy import Found, find
 from flows.publish import artifact_key, rows
 from flows.rollback import take_back
 from flows.rollout import Runner
+from flows.settings import Settings
 from flows.story import fold, policy_of, reports_in
 from flows.wiring import connect, connect_monitor
 from policies import monitor as rules_of
 from policies.events import Phase
 from policies.monitor import LOOKED, TOLD, Seen, Steps
-from policies.policy import Monitor, Policy, parse
+from policies.policy import Monitor, Policy
 from policies.verdict import GateReport, Verdict
 from tasks import monitor as tasks
 from tasks.ports import BadInput, Bundle, Entry, ModelVersion, NotThere, PortError, Ports, Refused
@@ -37,21 +38,19 @@ from tasks.ports_monitor import Chosen, MonitorPorts, Window
 from tasks.registration import fetch
 from tasks.validation import check_data
 
+ALL_MODELS = "*"
 _SETTLE_S = 3.0  # the servers write their samples every second
 _DUE = 0.9  # of a period: a schedule is never quite on time
 _LATE = 2.0  # periods after which what followed from a look is not done any more, if it acts on the traffic
 
 
-class Monitoring(BaseModel):
-    """What to look at."""
+@dataclass(frozen=True)
+class Asked:
+    """What to look at: one model, or every one that serves; by its own policy or another; `at_once`: due or not."""
 
-    model: str = Field("", description="Name of the registered model; every model that serves, if empty.")
-    policy: str = Field("", description="The policy's YAML text; the one that the version was delivered by, if empty.")
-    policy_folder: str = Field(".", description="Folder that this policy's relative paths start from.")
-    at_once: bool = Field(False, description="Look even if the period since the last look is not over.")
-
-
-_EVERYTHING = Monitoring()
+    model: str | None = None
+    policy: Found | None = None
+    at_once: bool = False
 
 
 class CouldNotLook(PortError):
@@ -79,33 +78,41 @@ class Subject:
         return self.policy.monitor
 
 
-@flow(name="monitor", flow_run_name="monitor {request.model}", retries=0)
-def monitor(request: Monitoring = _EVERYTHING) -> list[dict[str, Any]]:
+@flow(name="monitor", flow_run_name="monitor {model}", retries=0)
+def monitor(model: str = ALL_MODELS, policy: str | None = None, at_once: bool = False) -> list[dict[str, Any]]:
     """Looks at the model, or at every model that is due; one dictionary per look.
+
+    Args:
+        model: Name of the registered model; `*` is every model that serves.
+        policy: Another policy than the one that the serving version was delivered by: its name, a file's path on the
+            worker's machine, or the YAML text.
+        at_once: Look even if the period since the last look is not over.
 
     Raises CouldNotLook, after all others were looked at, where a source was down; NotThere for an unknown model.
     """
-    looks = monitor_with(connect(), connect_monitor(), request, in_prefect)
+    found = find(Settings().shelf, policy) if policy else None
+    asked = Asked(None if model == ALL_MODELS else model, found, at_once)
+    looks = monitor_with(connect(), connect_monitor(), asked, in_prefect)
     if any(look["verdict"] == Verdict.ERROR for look in looks):
         raise CouldNotLook(looks)
     return looks
 
 
-def monitor_with(ports: Ports, more: MonitorPorts, request: Monitoring, run: Runner) -> list[dict[str, Any]]:
+def monitor_with(ports: Ports, more: MonitorPorts, asked: Asked, run: Runner) -> list[dict[str, Any]]:
     """The looks, on the given ports."""
-    models = [request.model] if request.model else sorted(ports.router.routes())
+    models = [asked.model] if asked.model else sorted(ports.router.routes())
     looks = []
     for model in models:
         try:
-            subject = subject_of(ports, model, request)
+            subject = subject_of(ports, model, asked.policy)
             _catch_up(ports, more, subject, run)
-            due = _period(ports, subject, request.at_once)
+            due = _period(ports, subject, asked.at_once)
             if due is not None:
                 looks.append(_look(ports, more, subject, due, run))
         except Refused:
             looks.append(_nothing(model, Verdict.HOLD, "another look at the model came first"))
         except PortError as exc:
-            if request.model and isinstance(exc, (BadInput, NotThere)):
+            if asked.model and isinstance(exc, (BadInput, NotThere)):
                 raise
             verdict = Verdict.HOLD if isinstance(exc, NotThere) else Verdict.ERROR
             looks.append(_nothing(model, verdict, str(exc)))
@@ -116,24 +123,26 @@ def _nothing(model: str, verdict: Verdict, says: str) -> dict[str, Any]:
     return {"model": model, "version": None, "verdict": str(verdict), "says": says, "reports": [], "standing": []}
 
 
-def subject_of(ports: Ports, model: str, request: Monitoring) -> Subject:
-    """What serves the model now. Raises NotThere where nothing does, or where no policy is known for it."""
+def subject_of(ports: Ports, model: str, other: Found | None) -> Subject:
+    """What serves the model now, to be looked at by the policy that it was delivered by, or by the `other`.
+
+    Raises NotThere where nothing does, or where no policy is known for it.
+    """
     route = ports.router.current(model)
     if route is None or route.stable is None:
         raise NotThere(f"no version of '{model}' serves")
     promotions = _promotions(ports, model, route.stable)
     newest = next(promotions, None)
-    if newest is None and not request.policy:
-        raise NotThere(f"v{route.stable} of '{model}' was not promoted here; say by which policy to look at it")
     state = fold(newest or ())
     since, went_back = (state.since, "back_from" in newest[0].body) if newest and state else (0.0, False)
-    if request.policy or newest is None:
-        policy, folder = parse(request.policy), request.policy_folder
-    else:
-        # A rollback's request names no folder; that of the delivery before it does.
-        requests = (entries[0].body.get("request") for entries in chain([newest], promotions))
-        policy, folder = policy_of(newest), next((each["policy_folder"] for each in requests if each), ".")
-    return Subject(model, route.stable, since, policy, Path(folder), went_back)
+    if other is not None:
+        return Subject(model, route.stable, since, other.policy, other.folder, went_back)
+    if newest is None:
+        raise NotThere(f"v{route.stable} of '{model}' was not promoted here; say by which policy to look at it")
+    # A rollback's request names no folder; that of the delivery before it does.
+    requests = (entries[0].body.get("request") for entries in chain([newest], promotions))
+    folder = next((each["policy_folder"] for each in requests if each), ".")
+    return Subject(model, route.stable, since, policy_of(newest), Path(folder), went_back)
 
 
 def _promotions(ports: Ports, model: str, version: str) -> Iterator[Sequence[Entry]]:

@@ -56,6 +56,8 @@ def _say_where(settings: Settings, out: Console) -> None:
     out.print(
         f"  Prefect  {addresses.prefect}\n  MLflow   {addresses.mlflow}\n  gateway  {addresses.gateway}", markup=False
     )
+    if addresses.evidently:
+        out.print(f"  Evidently  {addresses.evidently}", markup=False)
     out.print(f"  data and logs in {settings.folder}", markup=False)
 
 

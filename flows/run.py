@@ -81,16 +81,16 @@ def run_rollback(
 
 
 def run_monitor(
-    settings: Settings, request: dict[str, Any], out: Console | None, err: Console
+    settings: Settings, model: str, policy: str | None, out: Console | None, err: Console
 ) -> tuple[int, dict[str, Any] | None]:
     """One look at a model; exit code 0 only where it was shown that nothing is amiss."""
 
     def work() -> dict[str, Any]:
         configure(settings)
-        from flows.monitor import CouldNotLook, Monitoring, monitor
+        from flows.monitor import CouldNotLook, monitor
 
         try:
-            (look,) = monitor(Monitoring.model_validate(request))
+            (look,) = monitor(model, policy, at_once=True)
         except CouldNotLook as exc:
             (look,) = exc.looks
         return {"outcome": look["verdict"], "unfinished": False, **look}  # for `guarded`

@@ -27,6 +27,8 @@ class Settings(BaseSettings):
     ledger_url: str | None = Field(None, description="SQLAlchemy URL of the ledger; SQLite in `home` by default.")
     policies: Path | None = Field(None, description="Folder of the policies known by name; `home`/policies by default.")
     deliveries_at_once: int = Field(8, ge=1, description="Deliveries that the worker runs at once; others wait.")
+    monitor_cron: str = Field("7 * * * *", description="When `monitor` runs; it looks at the models that are due.")
+    evidently_port: int | None = Field(None, ge=1, le=65535, description="Port of Evidently's UI; none by default.")
 
     @classmethod
     def settings_customise_sources(

@@ -54,6 +54,7 @@ def platform(settings: Settings) -> LocalPlatform:
         prefect_port=settings.prefect_port,
         mlflow_port=settings.mlflow_port,
         gateway_port=settings.gateway_port,
+        evidently_port=settings.evidently_port,
         beside=_BESIDE,
         env=settings.variables(),
     )

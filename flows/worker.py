@@ -20,7 +20,7 @@ def main() -> None:
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", _POLLS_S)
     from flows.deployments import POOL, apply
 
-    apply(settings.deliveries_at_once)
+    apply(settings.deliveries_at_once, settings.monitor_cron)
     asyncio.run(_work(settings, POOL))
 
 

@@ -57,6 +57,11 @@ class Addresses:
     pid: int = 0
     started: float = 0.0
     ready: bool = False
+    evidently_port: int | None = None
+
+    @property
+    def evidently(self) -> str | None:
+        return f"http://127.0.0.1:{self.evidently_port}" if self.evidently_port else None
 
     @property
     def prefect(self) -> str:
@@ -201,6 +206,7 @@ class LocalPlatform:
     prefect_port: int = 4200
     mlflow_port: int = 5000
     gateway_port: int = 8080
+    evidently_port: int | None = None  # without one, its UI does not run
     beside: tuple[Beside, ...] = ()
     env: dict[str, str] = field(default_factory=dict)  # what the processes beside it are to know
     parts: list[Part] = field(default_factory=list)
@@ -214,6 +220,8 @@ class LocalPlatform:
         (self.home / "logs").mkdir(parents=True, exist_ok=True)
         self.home.chmod(0o700)
         self.parts = [self._prefect(), self._mlflow(), self._agent()]
+        if self.evidently_port is not None:
+            self.parts.append(self._evidently(self.evidently_port))
         try:
             for part in self.parts:
                 part.start()
@@ -243,7 +251,8 @@ class LocalPlatform:
     def addresses(self) -> Addresses:
         me = psutil.Process()
         ports = (self.prefect_port, self.mlflow_port, self.gateway_port)
-        return Addresses(str(self.home), *ports, pid=me.pid, started=me.create_time())
+        started = me.create_time()
+        return Addresses(str(self.home), *ports, pid=me.pid, started=started, evidently_port=self.evidently_port)
 
     def supervise(self) -> Iterator[str]:
         """Once a call: restarts parts that died (with back-off), and yields a line for each."""
@@ -274,7 +283,10 @@ class LocalPlatform:
             ("Prefect", self.prefect_port, "--prefect-port"),
             ("MLflow", self.mlflow_port, "--mlflow-port"),
             ("the gateway", self.gateway_port, "--gateway-port"),
+            ("Evidently", self.evidently_port, "--evidently-port"),
         ):
+            if port is None:
+                continue
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
@@ -322,6 +334,22 @@ class LocalPlatform:
             ["-m", "mlflow", "server", "--host=127.0.0.1", f"--port={self.mlflow_port}", *store, *artifacts],
             _answers(f"http://127.0.0.1:{self.mlflow_port}/health"),
             {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        )
+
+    def _evidently(self, port: int) -> Part:
+        return self._part(
+            "Evidently",
+            [
+                "-c",
+                "from evidently.cli import app; app()",
+                "ui",
+                "--workspace",
+                str(self.home / "evidently"),
+                "--port",
+                str(port),
+            ],
+            _answers(f"http://127.0.0.1:{port}/api/version"),
+            {},
         )
 
     def _agent(self) -> Part:
