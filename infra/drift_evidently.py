@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing import Pipe
@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infra.drift_resampling import Distance, by_repeating, drawn, present, shuffled, wasserstein, windows
+from policies import shifts
 from policies.evidence import ColumnDrift, Drift
 from tasks.ports import BadInput, NotThere, PortError
 
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 
 METHODS = ("wasserstein", "ks", "psi", "jensenshannon", "hellinger")
 _FOR_TEXT = ("psi", "jensenshannon", "hellinger")
-_ENOUGH_LARGER = 10  # permutations with a larger distance after which the p-value is known well enough
-_RESAMPLES = 30
 _UPPER_SD = 2.33  # the normal quantile of 99 %
 _REPORT_ROWS = 2000
 _REPORT_TIMEOUT_S = 180.0
@@ -55,9 +55,10 @@ class EvidentlyDrift:
     """Compares windows. Not safe for several threads. `close` ends the worker."""
 
     def __init__(
-        self, permutations: int = 1999, rows_max: int = 4000, wait_s: float = 2.0, timeout_s: float = 60.0
+        self, permutations: int = 1999, rows_max: int | None = None, wait_s: float = 2.0, timeout_s: float = 60.0
     ) -> None:
-        """`rows_max` of each window are compared, evenly thinned; one comparison may take `timeout_s` at most."""
+        """`rows_max` of each window are compared (by default as many as `policies.shifts.rows_max` says), evenly
+        thinned; one comparison may take `timeout_s` at most."""
         self._permutations = permutations
         self._rows_max = rows_max
         self._wait_s = wait_s
@@ -107,7 +108,7 @@ class EvidentlyDrift:
         what = (of, tuple(columns), method)
         if not (of and self._under_way is not None and self._under_way[1] == what):
             windows = [
-                _window(table, columns, method, self._rows_max, name)
+                _window(table, columns, method, self._rows_max or shifts.rows_max(method), name)
                 for table, name in ((reference, "stable version's"), (current, "candidate's"))
             ]
             self._submit("compare", (*windows, method, permutations or self._permutations), what)
@@ -225,8 +226,6 @@ def _array(column: pa.ChunkedArray, name: str, method: str) -> NDArray[Any]:
 
 # ---------------------------------------------------------------- within the worker
 
-Distance = Callable[[NDArray[Any], NDArray[Any]], float]
-
 
 def work(connection: Connection) -> None:
     """Answers questions until the other side is gone."""
@@ -253,67 +252,40 @@ def compare(reference: Columns, current: Columns, method: str, permutations: int
     """The comparison itself; see `EvidentlyDrift.compare`. Imports Evidently."""
     generator = np.random.default_rng(seed)
     names = list(reference.values)
-    distances = {name: _distance(method, reference.values[name]) for name in names}
-    pooled = {name: np.concatenate([reference.values[name], current.values[name]]) for name in names}
-    for name in names:
-        if _present(pooled[name]).size == 0:
+    seen, measures = np.zeros(len(names)), []
+    for i, name in enumerate(names):
+        sides = reference.values[name], current.values[name]
+        pooled = np.concatenate(sides)
+        if not present(pooled).any():
             raise ValueError(f"column '{name}' has nothing but missing values")
-    order = np.arange(reference.rows + current.rows)
-
-    def measure(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        first, second = rows[: reference.rows], rows[reference.rows :]
-        return np.array([_between(distances[name], pooled[name][first], pooled[name][second]) for name in names])
-
-    seen = measure(order)
-    if not np.isfinite(seen).all():
-        raise ValueError(f"the {method} distance of column '{names[int(np.argmin(np.isfinite(seen)))]}' is not finite")
-    larger, larger_max, done = np.zeros(len(names)), 0, 0
-    while done < permutations and larger_max < _ENOUGH_LARGER:
-        permuted = measure(generator.permutation(order))
-        done += 1
-        larger += permuted >= seen
-        larger_max += bool(permuted.max() >= seen.max())
-    high = np.maximum(_upper(reference, current, distances, generator), seen)
+        distance = _distance(method, pooled)
+        both = by_repeating(distance, pooled)
+        seen[i] = both(*windows(reference.rows, current.rows))
+        if not np.isfinite(seen[i]):
+            raise ValueError(f"the {method} distance of column '{name}' is not finite")
+        measures.append(wasserstein(pooled) if method == "wasserstein" else both)
+    rows = reference.rows, current.rows
+    p_values, chance = shuffled(measures, *rows, permutations, generator)
+    anew = drawn(measures, *rows, generator)
+    mean, error = anew.mean(axis=0), anew.std(axis=0, ddof=1)
+    # Distances of rows drawn anew are larger than the windows' own by the noise of a second sampling, which makes the
+    # limit a safe one: windows a threshold apart were called nearer in 1 to 2 % of the comparisons (500 to 4,000 rows).
+    high = np.maximum(mean + _UPPER_SD * error, seen)
     columns = tuple(
         ColumnDrift(
             column=name,
             method=method,
             statistic=float(seen[i]),
-            p_value=float((larger[i] + 1) / (done + 1)),
+            p_value=float(p_values[i]),
             missing_stable=_missing(reference.values[name]),
             missing_candidate=_missing(current.values[name]),
             high=float(high[i]),
+            error=float(error[i]),
+            bias=max(float(mean[i] - seen[i]), 0.0),
         )
         for i, name in enumerate(names)
     )
-    # Stopped early, the p-value is that of Besag and Clifford, "Sequential Monte Carlo p-values", Biometrika 1991.
-    chance = larger_max / done if larger_max >= _ENOUGH_LARGER else (larger_max + 1) / (done + 1)
-    return Drift(reference.rows, current.rows, columns, float(chance))
-
-
-def _upper(
-    reference: Columns, current: Columns, distances: Mapping[str, Distance], generator: np.random.Generator
-) -> NDArray[np.float64]:
-    """An upper limit of the distances, by resampling the rows of each window: mean and so many standard deviations.
-
-    Resampled distances are larger than the windows' own by the noise of a second sampling, which makes the limit a safe
-    one: windows a threshold apart were called nearer in 1 to 2 % of the comparisons (500 to 4,000 rows).
-    """
-    drawn = []
-    for _ in range(_RESAMPLES):
-        first = generator.integers(0, reference.rows, reference.rows)
-        second = generator.integers(0, current.rows, current.rows)
-        drawn.append(
-            [_between(d, reference.values[name][first], current.values[name][second]) for name, d in distances.items()]
-        )
-    distance = np.array(drawn, dtype=float)
-    return np.asarray(distance.mean(axis=0) + _UPPER_SD * distance.std(axis=0, ddof=1), dtype=float)
-
-
-def _between(distance: Distance, first: NDArray[Any], second: NDArray[Any]) -> float:
-    """The distance of what is there. Where one side has nothing, that is for the test of missing values to say."""
-    first, second = _present(first), _present(second)
-    return distance(first, second) if first.size and second.size else 0.0
+    return Drift(*rows, columns, float(chance), 1.0 / (permutations + 1))
 
 
 def _distance(method: str, sample: NDArray[Any]) -> Distance:
@@ -332,14 +304,8 @@ def _distance(method: str, sample: NDArray[Any]) -> Distance:
     return lambda first, second: float(test.func(pd.Series(first), pd.Series(second), kind, 0.1)[0])
 
 
-def _present(values: NDArray[Any]) -> NDArray[Any]:
-    if values.dtype == object:
-        return values[[value is not None for value in values]]
-    return np.asarray(values[np.isfinite(values)])
-
-
 def _missing(values: NDArray[Any]) -> float:
-    return 1.0 - _present(values).size / max(values.size, 1)
+    return 1.0 - float(present(values).sum()) / max(values.size, 1)
 
 
 def _write_report(reference: Columns, current: Columns, path: str, kept: tuple[str, str, float] | None) -> str:
@@ -348,8 +314,8 @@ def _write_report(reference: Columns, current: Columns, path: str, kept: tuple[s
     from evidently import DataDefinition, Dataset, Report
     from evidently.presets import DataDriftPreset
 
-    names = [name for name in reference.values if _present(reference.values[name]).size]
-    names = [name for name in names if _present(current.values[name]).size]
+    names = [name for name in reference.values if present(reference.values[name]).any()]
+    names = [name for name in names if present(current.values[name]).any()]
     definition = DataDefinition(
         numerical_columns=[name for name in names if reference.values[name].dtype != object],
         categorical_columns=[name for name in names if reference.values[name].dtype == object],

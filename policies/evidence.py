@@ -38,7 +38,8 @@ class ColumnDrift:
 
     `statistic` is the named `method`'s distance, `p_value` that of the permutation test for the same statistic,
     `missing_stable` and `missing_candidate` the shares of missing or non-finite values. `high` is an upper limit of the
-    distance (99 %), None where the detector gives none.
+    distance (99 %). `error` is the distance's standard error, `bias` how much too large windows of this size make it.
+    None where the detector gives none.
     """
 
     column: str
@@ -48,16 +49,22 @@ class ColumnDrift:
     missing_stable: float = 0.0
     missing_candidate: float = 0.0
     high: float | None = None
+    error: float | None = None
+    bias: float = 0.0
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Two concurrent windows of sampled rows compared, `rows_*` rows each, by the drift detector."""
+    """Two concurrent windows of sampled rows compared, `rows_*` rows each, by the drift detector.
+
+    `p_value_least` is the smallest that the permutation test could have come to: one in so many permutations.
+    """
 
     rows_stable: int
     rows_candidate: int
     columns: tuple[ColumnDrift, ...]
     p_value_max: float  # of the maximum over the columns under permutation; one number for one decision
+    p_value_least: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ def of_drift(drift: Drift) -> str:
         return f"windows have {drift.rows_stable!r} and {drift.rows_candidate!r} rows"
     if not drift.columns:
         return "no column was compared"
-    if not _is_share(drift.p_value_max):
-        return f"p-value is {drift.p_value_max!r}"
+    if not (_is_share(drift.p_value_max) and _is_share(drift.p_value_least)):
+        return f"p-value is {drift.p_value_max!r}, where {drift.p_value_least!r} is the least"
     for column in drift.columns:
         shares = (column.missing_stable, column.missing_candidate, column.p_value)
         if not all(_is_share(share) for share in shares):
@@ -93,6 +93,9 @@ def of_drift(drift: Drift) -> str:
         known = _is_number(column.statistic) and column.statistic >= 0
         if not known or not (high is None or (_is_number(high) and high >= column.statistic)):
             return f"column '{column.column}' has a distance of {column.statistic!r}, at most {high!r}"
+        error, bias = column.error, column.bias
+        if not (_is_number(bias) and bias >= 0 and (error is None or (_is_number(error) and error >= 0))):
+            return f"column '{column.column}' has a standard error of {error!r} and a bias of {bias!r}"
     return ""
 
 

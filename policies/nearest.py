@@ -34,6 +34,10 @@ def _held_against(report: GateReport) -> str:
         return f"a share below {low:.1%} or above {high:.1%}, shown beyond chance"
     if report.verdict is Verdict.HOLD or report.threshold is None:
         return report.needs
+    if report.gate == "drift" and report.verdict is Verdict.FAIL:
+        if report.low is None or report.low <= report.threshold:
+            return "no more missing values than the stable version's"
+        return f"a lower limit up to {report.threshold:.4g} instead of {report.low:.4g} ({report.unit})"
     sign = "below" if report.verdict is Verdict.FAIL else "at or above"
     if report.verdict is Verdict.PASS and report.high is not None:
         return f"an upper limit {sign} {report.threshold:.4g} instead of {report.high:.4g} ({report.unit})"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies import gates, labels, rates, stats
+from policies import gates, labels, rates, shifts, stats
 from policies.policy import Drifting, Errors, Labelled, Latency, Policy
 from policies.stats import Margin
 
@@ -21,7 +21,6 @@ POWER = 0.95
 _Z = 1.645  # the normal quantile of POWER
 # To pass: 1/0.05, half of the stake on this stage alone, and some for guessing the common rate while it is learned.
 _PASS = -math.log(1.0 - rates.CONFIDENCE) + math.log(2.0) + 0.5
-_ROWS_MAX = 4000.0  # of each version, that the drift detector compares
 # What the drift detector's upper limit stays below in four of five comparisons of equal windows, over sqrt(1/n + 1/m):
 # measured (2.8 in the median); a stage has several comparisons.
 _NOISE = 3.3
@@ -142,7 +141,8 @@ def _gates(
             found.append(_of_rates(policy, name, gate, flows, index, rate))
     flow, factor = flows[index], gates.factors(policy)[index]
     if asked.drift is not None:
-        found.append(_of_drift(asked.drift, flows, index, factor))
+        scene = shifts.Scene(0.0, flow.length_s, len(flows), factor, gates.alpha(policy))
+        found.append(_of_drift(asked.drift, flows, index, scene))
     if asked.disagreement is not None and (index == len(flows) - 1 or flow.live == 0.0):
         bound = min(asked.disagreement.margin * factor, 0.999)
         pairs = _first(lambda n: float(stats.share_below(n, 0, bound)) >= -math.log(1.0 - rates.CONFIDENCE))
@@ -155,20 +155,23 @@ def _gates(
     return tuple(found)
 
 
-def _of_drift(gate: Drifting, flows: tuple[_Flow, ...], index: int, factor: float) -> GatePlan:
-    """Rows of the earlier stages count; the detector takes `_ROWS_MAX` of each version."""
-    flow, limit = flows[index], gate.threshold * factor
+def _of_drift(gate: Drifting, flows: tuple[_Flow, ...], index: int, scene: shifts.Scene) -> GatePlan:
+    """Rows of the earlier stages count, up to those that the detector takes."""
+    most = float(shifts.rows_max(gate.method))
+    flow, limit = flows[index], gate.threshold * scene.factor
     had = [sum(pace * f.counted_s for f, pace in _paces(flows[:index], arm)) for arm in ("candidate", "stable")]
 
     def rows(seconds: float) -> tuple[float, float]:
         return had[0] + flow.candidate * seconds, had[1] + flow.stable * seconds
 
     def noise(seconds: float) -> float:
-        return math.sqrt(sum(1.0 / max(min(n, _ROWS_MAX), 1e-9) for n in rows(seconds)))
+        return math.sqrt(sum(1.0 / max(min(n, most), 1e-9) for n in rows(seconds)))
 
     counted = _first(lambda s: min(rows(s)) >= gate.rows_min and _NOISE * noise(s) < limit)
     end = flow.counted_s
-    visible = gate.threshold + _Z * noise(end) if min(rows(end)) >= gate.rows_min else None
+    # The standard error of a distance, in standard deviations of the rows, is at most that of a difference of means.
+    beyond = shifts.standard_errors(scene.alpha_distance / len(gate.columns)) + _Z
+    visible = gate.threshold + beyond * noise(end) if min(rows(end)) >= gate.rows_min else None
     needs = rows(counted)[0] if math.isfinite(counted) else math.inf
     return GatePlan("drift", limit, needs, flow.burn_s + counted, visible)
 

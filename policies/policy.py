@@ -213,7 +213,7 @@ class Drifting(_Strict):
 
     columns: tuple[str, ...] = Field(("prediction",), min_length=1)
     method: Literal["wasserstein", "ks", "psi", "jensenshannon", "hellinger"] = "wasserstein"
-    threshold: Positive = Field(0.1, description="Smallest distance that counts as a difference.")
+    threshold: Positive = Field(0.1, description="Tolerated distance: what is shown to be beyond it fails.")
     rows_min: int = Field(500, ge=100)
 
 

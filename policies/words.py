@@ -101,7 +101,7 @@ def _gates(gates: Gates) -> list[str]:
     if gates.drift:
         columns = ", ".join(gates.drift.columns)
         lines.append(
-            f"drift: {columns} may not differ by a {gates.drift.method} distance of {gates.drift.threshold:g}."
+            f"drift: {columns} may differ by a {gates.drift.method} distance of {gates.drift.threshold:g} at most."
         )
     if gates.disagreement:
         lines.append(

@@ -49,7 +49,7 @@ def counts(requests: Any, errors: Any = 0, slow: Any = 0, epoch: str = "a") -> C
 
 def healthy(tick: int) -> Evidence:
     """What a good version looks like after so many ticks of 200 requests to each version."""
-    drift = Drift(3000, 3000, (ColumnDrift("prediction", "wasserstein", 0.03, 0.5, high=0.06),), 0.5)
+    drift = Drift(3000, 3000, (ColumnDrift("prediction", "wasserstein", 0.03, 0.5, high=0.06, error=0.01),), 0.5)
     n = 200 * tick
     labelled = Outcomes(1000.0, pairs=Sums(n, 0.0, n // 50), waiting=100)
     return Evidence(1000.0 + tick, counts(n), counts(n), drift, Pairs(n, n // 500), outcomes=labelled)
@@ -203,7 +203,7 @@ def _compared(gate: str, kind: str, draw: random.Random, longest: int) -> Case:
     column = good.drift.columns[0]
     rows = draw.randint(0, 499)
     few = replace(good.drift, rows_candidate=rows, rows_stable=draw.choice([rows, 3000]))
-    field = draw.choice(["statistic", "p_value", "missing_stable", "missing_candidate", "high"])
+    field = draw.choice(["statistic", "p_value", "missing_stable", "missing_candidate", "high", "error", "bias"])
     broken = {
         "empty": replace(good.drift, columns=()),
         "counter reset": few,

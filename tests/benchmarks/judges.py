@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infra.drift_resampling import drawn
+from infra.drift_resampling import wasserstein as measure_of
 from policies import rates, shifts, stats
 from policies.evidence import ColumnDrift, Drift
 from policies.policy import Drifting
@@ -129,22 +131,32 @@ def compare(first: Array, second: Array, generator: np.random.Generator, permuta
     pooled = np.concatenate([first, second])
     order = np.argsort(pooled, kind="stable")
     gaps = np.diff(pooled[order]).astype(np.float32)
+    # einsum instead of @, as in `infra.drift_resampling`.
     bank = _bank(n, m, permutations)
     mine = np.cumsum((order < n).astype(np.float32))[:-1]
-    seen = float(_apart(mine, np.arange(1, n + m, dtype=np.float32), n, m) @ gaps)
+    seen = float(np.einsum("i,i", _apart(mine, np.arange(1, n + m, dtype=np.float32), n, m), gaps))
     start = int(generator.integers(permutations))
     larger = done = 0
     for size in (64, 192, 512, permutations - 768):
         rows = np.arange(start + done, start + done + size) % permutations
-        hits = bank[rows] @ gaps >= seen
+        hits = np.einsum("ij,j", bank[rows], gaps) >= seen
         if larger + hits.sum() >= 10:
             done += int(np.argmax(np.cumsum(hits) >= 10 - larger)) + 1
             larger = 10
             break
         larger, done = larger + int(hits.sum()), done + size
     chance = larger / done if larger >= 10 else (larger + 1) / (done + 1)
-    column = ColumnDrift("prediction", "wasserstein", wasserstein(first, second), chance)
-    return Drift(n, m, (column,), chance)
+    seen = wasserstein(first, second)
+    mean, error = _resampled(first, second, generator) if chance < 0.01 else (seen, None)  # else no alarm
+    column = ColumnDrift("prediction", "wasserstein", seen, chance, error=error, bias=max(mean - seen, 0.0))
+    return Drift(n, m, (column,), chance, 1.0 / (permutations + 1))
+
+
+def _resampled(first: Array, second: Array, generator: np.random.Generator) -> tuple[float, float]:
+    """Mean and standard deviation of the distances of windows drawn anew from the rows of each."""
+    measure = measure_of(np.concatenate([first, second]))
+    found = drawn([measure], len(first), len(second), generator)
+    return float(found.mean()), float(found.std(ddof=1))
 
 
 def drift_verdicts(

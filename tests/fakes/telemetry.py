@@ -81,7 +81,7 @@ class FakeTelemetry:
             raise NotThere("no sampled rows yet")
         apart = abs(self.behaviour.get(candidate, Behaviour()).shift - self.behaviour.get(stable, Behaviour()).shift)
         p_value = 0.0005 if apart > 0.05 else 0.6
-        seen = tuple(ColumnDrift(name, method, apart, p_value, high=apart + 0.03) for name in columns)
+        seen = tuple(ColumnDrift(name, method, apart, p_value, high=apart + 0.03, error=0.01) for name in columns)
         return Drift(rows[0], rows[1], seen, p_value)
 
     def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:

@@ -249,8 +249,8 @@ def test_the_summary_is_one_line_that_names_each_gate() -> None:
 # ---------------------------------------------------------------- sampled rows
 
 
-def windows(statistic: float, p_value: float, high: float | None = None, rows: int = 2000, **missing: float) -> Drift:
-    column = ColumnDrift("prediction", "wasserstein", statistic, p_value, high=high, **missing)
+def windows(statistic: float, p_value: float, high: float | None = None, rows: int = 2000, **more: float) -> Drift:
+    column = ColumnDrift("prediction", "wasserstein", statistic, p_value, high=high, **{"error": 0.03, **more})
     return Drift(rows, rows, (column,), p_value)
 
 
@@ -261,13 +261,39 @@ def drifting() -> Watcher:
 
 def test_a_shift_that_is_large_and_no_accident_fails(drifting: Watcher) -> None:
     assert drifting.look(drift=windows(0.4, 0.0005)) is Verdict.FAIL
-    assert "prediction differs by 0.4" in drifting.report("drift").says
+    report = drifting.report("drift")
+    assert "prediction differs by 0.4" in report.says
+    assert "more than 0.1" in report.says
+    assert report.low is not None
+    assert report.low > 0.1
+
+
+def test_a_share_finer_than_the_permutations_does_not_blind_the_gate() -> None:
+    """One look's share of this budget is far below one in 2,000: the least p-value must do."""
+    asked = policy("{errors: null, drift: {threshold: 0.1, rows_min: 500}}", error_budget="0.001")
+    watcher = Watcher(asked, stage=2).warm()
+    seen = replace(windows(0.6, 0.0005), p_value_least=0.0005)
+    assert watcher.look(drift=seen) is Verdict.FAIL
 
 
 @pytest.mark.parametrize(
     "seen",
-    [windows(0.05, 0.0005, high=0.07), windows(0.4, 0.01), windows(0.4, 0.0005, rows=100)],
-    ids=["too small to matter", "might be an accident", "too few rows"],
+    [
+        windows(0.05, 0.0005, high=0.07),
+        windows(0.15, 0.0005, high=0.3),
+        windows(0.23, 0.0005, bias=0.06),
+        windows(0.4, 0.0005, error=None),  # type: ignore[arg-type]
+        windows(0.4, 0.01),
+        windows(0.4, 0.0005, rows=100),
+    ],
+    ids=[
+        "too small to matter",
+        "perhaps no larger than the threshold",
+        "larger only by its bias",
+        "nobody knows how sure",
+        "might be an accident",
+        "too few rows",
+    ],
 )
 def test_a_shift_that_is_not_both_large_and_sure_does_not_fail(drifting: Watcher, seen: Drift) -> None:
     assert drifting.look(drift=seen) is not Verdict.FAIL
@@ -285,6 +311,7 @@ def test_windows_pass_only_when_the_distance_is_shown_to_be_small(drifting: Watc
 def test_missing_values_are_a_difference_of_their_own(drifting: Watcher) -> None:
     assert drifting.look(drift=windows(0.01, 0.9, high=0.02, missing_candidate=0.3)) is Verdict.FAIL
     assert "30.0% more values are missing" in drifting.report("drift").says
+    assert "more than 0.1" not in drifting.report("drift").says
 
 
 def test_a_comparison_takes_its_share_of_the_budget_only_three_times_a_stage(drifting: Watcher) -> None:
