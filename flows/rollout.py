@@ -224,7 +224,7 @@ class Controller:
             self._deploy(self.state.candidate, self.state.digest)
             return done
         assert effect.do is Do.ROUTE
-        route = route_for(self.state, effect, self.policy.rollout.lease)
+        route = route_for(self.state, effect, self.policy.rollout)
         self.run(set_traffic, self.ports.router, route, name=_route_name(self.state, effect))
         return done
 

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from infra.connection_unix import NotListening, ask
-from policies.traffic import Route
+from policies.traffic import Route, route_of
 
 
 class AgentError(Exception):
@@ -92,7 +92,7 @@ class AgentClient:
     def route(self, model: str) -> Route | None:
         """The route in force, if the model has one."""
         held = (self.status()["models"].get(model) or {}).get("route")
-        return None if held is None else route_of(held)
+        return None if held is None else route_in(held)
 
     def events(self, after: int = 0) -> list[dict[str, Any]]:
         """What the agent did by itself after that event, oldest first."""
@@ -117,9 +117,9 @@ class AgentClient:
         return _answer(status, answer, what)
 
 
-def route_of(held: Mapping[str, Any]) -> Route:
+def route_in(held: Mapping[str, Any]) -> Route:
     """The route within a status answer."""
-    return Route(**{name: value for name, value in held.items() if name not in ("lease_left_s", "lease_lost")})
+    return route_of({name: value for name, value in held.items() if name not in ("lease_left_s", "lease_lost")})
 
 
 def _answer(status: int, answer: bytes, what: str) -> dict[str, Any]:

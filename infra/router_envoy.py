@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infra.agent_client import AgentClient, AgentError, route_of
+from infra.agent_client import AgentClient, AgentError, route_in
 from infra.target_local import mapped
 from policies.traffic import Route
 
@@ -35,4 +35,4 @@ class EnvoyRouter:
             models = self._agent.status()["models"]
         except AgentError as exc:
             raise mapped(exc) from exc
-        return {name: route_of(held["route"]) for name, held in models.items() if held.get("route")}
+        return {name: route_in(held["route"]) for name, held in models.items() if held.get("route")}

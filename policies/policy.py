@@ -23,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from policies.audience import Audience
+
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)$")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -266,6 +268,7 @@ class RolloutPolicy(_Strict):
     on_conflict: Literal["queue", "supersede", "reject"] = "queue"
     on_exhausted: Literal["rollback", "pause"] = "rollback"
     stages: tuple[Stage, ...] = Field(min_length=1)
+    audience: Audience = Audience()
     gates: Gates = Gates()
     watch: Watch = Watch()
     look_every: Seconds = Field(1.0, gt=0)
@@ -283,6 +286,8 @@ class RolloutPolicy(_Strict):
         kinds = [stage.canary is not None for stage in self.stages]
         if kinds != sorted(kinds):
             raise ValueError("shadow stages come before canary stages")
+        if not weights and any(rule.to == "candidate" for rule in self.audience.rules):
+            raise ValueError("`audience.always` needs a canary stage: in shadow the candidate answers nobody")
         if self.lease < 2 * self.look_every:
             raise ValueError(f"lease ({self.lease:g}s) must be at least twice look_every ({self.look_every:g}s)")
         return self

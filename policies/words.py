@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from policies.audience import Audience
 from policies.policy import Benchmark, Gates, Monitor, Policy, RolloutPolicy, Validate
 
 
@@ -26,6 +27,7 @@ def explain(policy: Policy) -> list[str]:
         "",
         "On live traffic:",
         *(f"  {number}. {line}" for number, line in enumerate(_stages(policy.rollout), 1)),
+        *(f"  - {line}" for line in _audience(policy.rollout.audience)),
         "",
         "At every look:",
         *(f"  - {line}" for line in (*_gates(policy.rollout.gates), *_limits(policy.rollout))),
@@ -86,6 +88,19 @@ def _stages(rules: RolloutPolicy) -> list[str]:
         f" against copies of {round(100 * rules.watch.shadow)} % sent to the former version, which stays warm."
     )
     lines.append("The former version is stopped. The candidate is the champion.")
+    return lines
+
+
+def _audience(audience: Audience) -> list[str]:
+    user = f"{audience.key.kind} {audience.key.name}"
+    lines = [f"Who has been with the candidate stays with it as its share grows: the {user} decides, if there is one."]
+    for rule in audience.rules:
+        values = ", ".join(rule.values[:5]) + (f" or one of {len(rule.values) - 5} more" if rule.values[5:] else "")
+        whose = f"Requests with the {rule.key.kind} {rule.key.name}: {values}"
+        where = "go to the candidate in every canary stage" if rule.to == "candidate" else (
+            "stay with the stable version, uncopied, until the rollout has ended"
+        )  # fmt: skip
+        lines.append(f"{whose}, {where}; they count for no gate.")
     return lines
 
 

@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 import orjson
 
+from policies.traffic import APART_HEADER
 from serving import metrics as prometheus
 from serving.batching import Batcher, Job, Outcome
 from serving.connection import Exchange
@@ -37,6 +38,7 @@ from serving.openapi import document
 from serving.protocol import JSON, Call, Identity, InferenceProtocol
 from serving.protocol_mlflow import MlflowProtocol
 from serving.protocol_tfserving import TfServingProtocol
+from serving.samples import UNSAMPLED
 from serving.tensors import Tensor
 
 STATUS: dict[type[Refused], int] = {
@@ -52,6 +54,7 @@ STATUS: dict[type[Refused], int] = {
 }
 _RETRY = b"retry-after: 1\r\n"
 # How long the client will wait, in milliseconds; the second is set by Envoy from its route's time-out.
+_APART = APART_HEADER.encode()
 _DEADLINES = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 _EXTENSIONS = ["binary_tensor_data", "statistics"]
 
@@ -147,6 +150,8 @@ class Endpoints:
         else:
             self._made_ids += 1
             request_id = f"{self._metrics.epoch}-{self._made_ids}"
+        if _APART in headers:  # not drawn by chance, so it does not stand for the traffic
+            request_id = UNSAMPLED
         deadline = None
         for name in _DEADLINES:
             if name in headers:

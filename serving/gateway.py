@@ -11,8 +11,8 @@ version's rescue cluster. The retry policy moves a failed attempt on to the next
 The arm counts how many requests were answered and how many needed the second attempt. Both arms of a split have this
 shape, so a failure counts once per request in either, and the comparison stays fair.
 
-The split is by hash of `x-lockgate-key` (else of the request id). Envoy takes hash modulo 100 and walks the clusters in
-order; the candidate comes first, so whoever is in it at 5 % is in it at every higher weight.
+What is not split by chance (`gateway_routes.py`) goes to `ruled/MODEL/VERSION+STABLE`, an aggregate like the arm:
+counted apart, since it would spoil the comparison.
 
 Reference: Envoy 1.40 API v3, https://www.envoyproxy.io/docs/envoy/v1.40.0/api-v3/api.
 """
@@ -20,8 +20,6 @@ Reference: Envoy 1.40 API v3, https://www.envoyproxy.io/docs/envoy/v1.40.0/api-v
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -32,17 +30,14 @@ from urllib.parse import quote, unquote, urlsplit
 import orjson
 
 from policies.evidence import LATENCY_EDGES_MS
-from policies.traffic import Route
 
-KEY_HEADER = "x-lockgate-key"
-MODEL_HEADER = "x-lockgate-model"
 VERSION_HEADER = "x-lockgate-version"
 ROUTES = "models"  # the name of the one route configuration
 STAT_PREFIX = "gateway"
 ADMIN_SOCKET = "admin.sock"
 
-_TYPE = "type.googleapis.com/"
-_Json = dict[str, Any]
+TYPE = "type.googleapis.com/"
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,6 +90,11 @@ def arm_name(model: str, version: str, stable: str | None) -> str:
     return f"arm/{_escaped(model)}/{_escaped(version)}+{_escaped(stable or version)}"
 
 
+def ruled_name(model: str, version: str, stable: str | None) -> str:
+    """The same as the arm, for requests that were not split by chance."""
+    return "ruled" + arm_name(model, version, stable).removeprefix("arm")
+
+
 def arm_pattern(model: str, version: str) -> str:
     """A regular expression (RE2) for the names of the version's arms, whatever the stable version beside it."""
     return rf"arm/{_escaped(model)}/{_escaped(version)}\+[^.]*"
@@ -109,154 +109,21 @@ def content_version(resources: object) -> str:
     return hashlib.sha256(orjson.dumps(resources, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-def discovery(resources: list[_Json], version: str) -> bytes:
+def discovery(resources: list[Json], version: str) -> bytes:
     """The file form of a set of resources, as Envoy reads it."""
     return orjson.dumps({"version_info": version, "resources": resources}, option=orjson.OPT_INDENT_2)
-
-
-# --- routes ---------------------------------------------------------------------------------------------------------
-
-
-def route_resources(routes: Iterable[Route], settings: GatewaySettings) -> list[_Json]:
-    """The one route configuration: every model that has a stable version or a candidate with all of the traffic."""
-    served = sorted((route for route in routes if route.stable or route.candidate), key=lambda route: route.model)
-    entries: list[_Json] = [
-        _fixed("/v2/health/live", 200, {"live": True}),
-        _fixed("/v2/health/ready", 200, {"ready": True}),
-    ]
-    for route in served:
-        entries += _model_entries(route, settings)
-    if len(served) == 1:  # MLflow's form names no model; with a single one there is no doubt
-        entries.append({"match": {"path": "/invocations"}, **_action(served[0], settings)})
-    known = ", ".join(route.model for route in served) or "none"
-    entries.append(_not_served(known))
-    return [
-        {
-            "@type": _TYPE + "envoy.config.route.v3.RouteConfiguration",
-            "name": ROUTES,
-            "virtual_hosts": [{"name": ROUTES, "domains": ["*"], "routes": entries}],
-            "validate_clusters": False,
-            "response_headers_to_add": [
-                {
-                    "header": {"key": VERSION_HEADER, "value": "%UPSTREAM_METADATA(lockgate:version)%"},
-                    "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
-                }
-            ],
-        }
-    ]
-
-
-def _model_entries(route: Route, settings: GatewaySettings) -> list[_Json]:
-    """The paths of one model: Open Inference Protocol, TF Serving, MLflow with the model in a header."""
-    in_path = quote(route.model, safe="-_.~")
-    action = _action(route, settings)
-    header = {"name": MODEL_HEADER, "string_match": {"exact": route.model}}
-    return [
-        *_pinned_entries(route, in_path, settings),
-        {"match": {"path_separated_prefix": f"/v2/models/{in_path}"}, **action},
-        {"match": {"safe_regex": {"regex": f"/v1/models/{re.escape(in_path)}([/:].*)?"}}, **action},
-        {"match": {"path": "/invocations", "headers": [header]}, **action},
-    ]
-
-
-def _pinned_entries(route: Route, in_path: str, settings: GatewaySettings) -> list[_Json]:
-    """While two versions answer, a path that names a version goes to that one, and to the stable version if it names
-    any other: the split would send it to a server that does not know it."""
-    answering = [version for version, _ in shares(route)]
-    if len(answering) < 2:
-        return []
-    entries: list[_Json] = []
-    for version in answering:
-        pinned = _action(route, settings, version)
-        tail = f"versions/{quote(version, safe='-_.~')}"
-        regex = f"/v1/models/{re.escape(in_path)}/{re.escape(tail)}([/:].*)?"
-        entries.append({"match": {"path_separated_prefix": f"/v2/models/{in_path}/{tail}"}, **pinned})
-        entries.append({"match": {"safe_regex": {"regex": regex}}, **pinned})
-    stable = _action(route, settings, answering[-1])
-    return [
-        *entries,
-        *({"match": {"prefix": f"/{form}/models/{in_path}/versions/"}, **stable} for form in ("v2", "v1")),
-    ]
-
-
-def _action(route: Route, settings: GatewaySettings, pinned: str | None = None) -> _Json:
-    """What is done with a model's requests: split as the route says, or all `pinned` to one version."""
-    split = shares(route) if pinned is None else [(pinned, 100)]
-    weighted = [{"name": arm_name(route.model, version, route.stable), "weight": weight} for version, weight in split]
-    action: _Json = {
-        "weighted_clusters": {"clusters": weighted, "use_hash_policy": True},
-        "hash_policy": [
-            {"header": {"header_name": KEY_HEADER}, "terminal": True},
-            {"header": {"header_name": "x-request-id"}},
-        ],
-        "timeout": _duration(settings.request_timeout_s),
-        "retry_policy": {
-            "retry_on": "5xx,reset,connect-failure,refused-stream,retriable-status-codes",
-            # A candidate with too little room answers 429; the stable version has room for what it had before.
-            "retriable_status_codes": [429] if route.weight > 0 and route.stable is not None else [],
-            "num_retries": 1,
-            "per_try_timeout": _duration(settings.attempt_timeout_s),
-            "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.002s"},
-            "retry_priority": {
-                "name": "envoy.retry_priorities.previous_priorities",
-                "typed_config": {
-                    "@type": _TYPE + "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
-                    "update_frequency": 1,
-                },
-            },
-        },
-    }
-    copied = shadowed(route)
-    if copied is not None:
-        action["request_mirror_policies"] = [
-            {
-                "cluster": cluster_name("shadow", route.model, copied),
-                "runtime_fraction": {"default_value": {"numerator": route.shadow, "denominator": "HUNDRED"}},
-                "trace_sampled": False,
-                "disable_shadow_host_suffix_append": True,
-            }
-        ]
-    return {"route": action}
-
-
-def shares(route: Route) -> list[tuple[str, int]]:
-    """Which version gets how many percent of the clients' requests, the candidate first; only those that get some."""
-    both = [(route.candidate, route.weight), (route.stable, 100 - route.weight)]
-    return [(version, weight) for version, weight in both if version is not None and weight > 0]
-
-
-def shadowed(route: Route) -> str | None:
-    """The version that gets copies: the candidate, or the stable version once the candidate answers everything.
-
-    Envoy copies a route's requests whichever cluster answers them: with a weight between 1 and 99 as well, the
-    candidate would get copies of what it answers itself, too. No rollout asks for both.
-    """
-    if route.shadow == 0:
-        return None
-    return route.stable if route.weight == 100 else route.candidate
-
-
-def _fixed(path: str, status: int, body: _Json) -> _Json:
-    return {"match": {"path": path}, "direct_response": {"status": status, "body": {"inline_string": json.dumps(body)}}}
-
-
-def _not_served(known: str) -> _Json:
-    if len(known) > 2000:  # Envoy's limit for a direct response is 4096 bytes
-        known = known[:2000] + " ..."
-    body = json.dumps({"error": f"no model is served under this path; served here: {known}"})
-    return {"match": {"prefix": "/"}, "direct_response": {"status": 404, "body": {"inline_string": body}}}
 
 
 # --- clusters -------------------------------------------------------------------------------------------------------
 
 
-def cluster_resources(backends: Iterable[Backend], settings: GatewaySettings) -> list[_Json]:
+def cluster_resources(backends: Iterable[Backend], settings: GatewaySettings) -> list[Json]:
     """The clusters of all deployed versions, and an arm for each of them with each as the stable version.
 
     They do not depend on the routes, so a change of traffic touches only the route table, no statistics begin anew
     within a rollout, and requests that are under way on a former route find their second attempt.
     """
-    found: dict[str, _Json] = {}
+    found: dict[str, Json] = {}
     versions: dict[str, list[str]] = {}
     for backend in backends:
         versions.setdefault(backend.model, []).append(backend.version)
@@ -265,22 +132,22 @@ def cluster_resources(backends: Iterable[Backend], settings: GatewaySettings) ->
             found[cluster["name"]] = cluster
     for model, deployed in versions.items():
         for version, stable in product(deployed, deployed):
-            arm = _arm(model, version, stable)
-            found[arm["name"]] = arm
+            for name in (arm_name(model, version, stable), ruled_name(model, version, stable)):
+                found[name] = _arm(name, model, version, stable)
     return [found[name] for name in sorted(found)]
 
 
-def _cluster(role: str, backend: Backend, settings: GatewaySettings) -> _Json:
+def _cluster(role: str, backend: Backend, settings: GatewaySettings) -> Json:
     name = cluster_name(role, backend.model, backend.version)
     limit = settings.shadow_requests_max if role == "shadow" else 100_000
-    http: _Json = {"explicit_http_config": {"http_protocol_options": {}}}
+    http: Json = {"explicit_http_config": {"http_protocol_options": {}}}
     # Shorter than the model server's own idle time-out, so that it never closes a connection that is being used.
     http["common_http_protocol_options"] = {"idle_timeout": "20s"}
     if role == "shadow":
-        http["common_http_protocol_options"]["max_stream_duration"] = _duration(settings.shadow_timeout_s)
+        http["common_http_protocol_options"]["max_stream_duration"] = duration(settings.shadow_timeout_s)
     endpoints = [_endpoint(url, backend.version) for url in backend.endpoints]
     return {
-        "@type": _TYPE + "envoy.config.cluster.v3.Cluster",
+        "@type": TYPE + "envoy.config.cluster.v3.Cluster",
         "name": name,
         "type": "STATIC",
         "connect_timeout": "1s",
@@ -292,14 +159,14 @@ def _cluster(role: str, backend: Backend, settings: GatewaySettings) -> _Json:
         "per_connection_buffer_limit_bytes": settings.body_bytes_max,
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-                "@type": _TYPE + "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+                "@type": TYPE + "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
                 **http,
             }
         },
     }
 
 
-def _outliers() -> _Json:
+def _outliers() -> Json:
     """A replica that keeps failing is left out for some seconds; the last one never is: what it does is evidence."""
     return {
         "consecutive_5xx": 5,
@@ -313,13 +180,13 @@ def _outliers() -> _Json:
     }
 
 
-def _breakers(limit: int) -> _Json:
+def _breakers(limit: int) -> Json:
     """The servers bound their own queues and say so with 429; these limits only stop what is out of all proportion."""
     bounds = {"max_connections": limit, "max_pending_requests": limit, "max_requests": limit, "max_retries": limit}
     return {"thresholds": [{"priority": "DEFAULT", **bounds}]}
 
 
-def _endpoint(url: str, version: str) -> _Json:
+def _endpoint(url: str, version: str) -> Json:
     """The address, carrying its version: the answer's header names the version that really answered."""
     return {
         "endpoint": {"address": _address(url)},
@@ -327,7 +194,7 @@ def _endpoint(url: str, version: str) -> _Json:
     }
 
 
-def _address(url: str) -> _Json:
+def _address(url: str) -> Json:
     if url.startswith("unix:"):
         return {"pipe": {"path": url.removeprefix("unix:")}}
     parts = urlsplit(url)
@@ -336,17 +203,17 @@ def _address(url: str) -> _Json:
     return {"socket_address": {"address": parts.hostname, "port_value": parts.port}}
 
 
-def _arm(model: str, version: str, stable: str) -> _Json:
+def _arm(name: str, model: str, version: str, stable: str) -> Json:
     return {
-        "@type": _TYPE + "envoy.config.cluster.v3.Cluster",
-        "name": arm_name(model, version, stable),
+        "@type": TYPE + "envoy.config.cluster.v3.Cluster",
+        "name": name,
         "connect_timeout": "1s",
         "lb_policy": "CLUSTER_PROVIDED",
         "circuit_breakers": _breakers(100_000),
         "cluster_type": {
             "name": "envoy.clusters.aggregate",
             "typed_config": {
-                "@type": _TYPE + "envoy.extensions.clusters.aggregate.v3.ClusterConfig",
+                "@type": TYPE + "envoy.extensions.clusters.aggregate.v3.ClusterConfig",
                 "clusters": [cluster_name("live", model, version), cluster_name("rescue", model, stable)],
             },
         },
@@ -356,7 +223,7 @@ def _arm(model: str, version: str, stable: str) -> _Json:
 # --- bootstrap ------------------------------------------------------------------------------------------------------
 
 
-def bootstrap(settings: GatewaySettings, folder: PurePath) -> _Json:
+def bootstrap(settings: GatewaySettings, folder: PurePath) -> Json:
     """What Envoy is started with. It reads `folder`/clusters/clusters.json and `folder`/routes/routes.json, and again
     whenever a file is renamed into those folders. Its admin interface, which could end it, is a socket in `folder`."""
     return {
@@ -369,7 +236,7 @@ def bootstrap(settings: GatewaySettings, folder: PurePath) -> _Json:
                 {
                     "name": "envoy.resource_monitors.global_downstream_max_connections",
                     "typed_config": {
-                        "@type": _TYPE
+                        "@type": TYPE
                         + "envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
                         "max_active_downstream_connections": settings.connections_max,
                     },
@@ -382,13 +249,16 @@ def bootstrap(settings: GatewaySettings, folder: PurePath) -> _Json:
                 {"match": {"suffix": "upstream_rq_time"}, "buckets": list(LATENCY_EDGES_MS)},
             ]
         },
-        "layered_runtime": {"layers": [{"name": "static", "static_layer": {}}]},
+        "layered_runtime": {
+            # A rule with many values is one expression, which Envoy thinks large beyond 100 instructions.
+            "layers": [{"name": "static", "static_layer": {"re2.max_program_size.error_level": 1_000_000}}]
+        },
     }
 
 
-def _listener(settings: GatewaySettings, folder: PurePath) -> _Json:
-    manager: _Json = {
-        "@type": _TYPE + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+def _listener(settings: GatewaySettings, folder: PurePath) -> Json:
+    manager: Json = {
+        "@type": TYPE + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": STAT_PREFIX,
         "codec_type": "AUTO",
         "rds": {"route_config_name": ROUTES, "config_source": _watched(folder / "routes", "routes.json")},
@@ -396,8 +266,8 @@ def _listener(settings: GatewaySettings, folder: PurePath) -> _Json:
         "preserve_external_request_id": True,
         "always_set_request_id_in_response": True,
         "use_remote_address": True,
-        "stream_idle_timeout": _duration(settings.request_timeout_s + 45),
-        "request_timeout": _duration(settings.request_timeout_s + 45),
+        "stream_idle_timeout": duration(settings.request_timeout_s + 45),
+        "request_timeout": duration(settings.request_timeout_s + 45),
         "request_headers_timeout": "10s",
         "drain_timeout": "2s",
         "normalize_path": True,
@@ -407,14 +277,14 @@ def _listener(settings: GatewaySettings, folder: PurePath) -> _Json:
                 # Whole bodies only, bounded: what has been buffered can be sent a second time; beyond it is 413.
                 "name": "envoy.filters.http.buffer",
                 "typed_config": {
-                    "@type": _TYPE + "envoy.extensions.filters.http.buffer.v3.Buffer",
+                    "@type": TYPE + "envoy.extensions.filters.http.buffer.v3.Buffer",
                     "max_request_bytes": settings.body_bytes_max,
                 },
             },
             {
                 "name": "envoy.filters.http.router",
                 "typed_config": {
-                    "@type": _TYPE + "envoy.extensions.filters.http.router.v3.Router",
+                    "@type": TYPE + "envoy.extensions.filters.http.router.v3.Router",
                     "suppress_envoy_headers": True,
                 },
             },
@@ -434,7 +304,7 @@ def _listener(settings: GatewaySettings, folder: PurePath) -> _Json:
     }
 
 
-def _access_log(path: str) -> _Json:
+def _access_log(path: str) -> Json:
     fields: Mapping[str, str] = {
         "time": "%START_TIME%",
         "request_id": "%REQ(X-REQUEST-ID)%",
@@ -451,23 +321,23 @@ def _access_log(path: str) -> _Json:
     return {
         "name": "envoy.access_loggers.file",
         "typed_config": {
-            "@type": _TYPE + "envoy.extensions.access_loggers.file.v3.FileAccessLog",
+            "@type": TYPE + "envoy.extensions.access_loggers.file.v3.FileAccessLog",
             "path": path,
             "log_format": {"json_format": dict(fields)},
         },
     }
 
 
-def _socket(host: str, port: int) -> _Json:
+def _socket(host: str, port: int) -> Json:
     return {"socket_address": {"address": host, "port_value": port}}
 
 
-def _watched(folder: PurePath, name: str) -> _Json:
+def _watched(folder: PurePath, name: str) -> Json:
     return {
         "resource_api_version": "V3",
         "path_config_source": {"path": str(folder / name), "watched_directory": {"path": str(folder)}},
     }
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.3f}s"

@@ -22,8 +22,8 @@ from urllib.parse import quote
 
 import orjson
 
-from policies.traffic import Route
-from serving import gateway, routes
+from policies.traffic import Route, route_of
+from serving import gateway, gateway_routes, routes
 from serving.agent_errors import AgentError, BadRequest, Conflict, NotDurable, StartError
 from serving.durable import EventLog, ModelStore, drop_oldest, put_in_place, read_json, write_aside, write_durably
 from serving.envoy import Envoy
@@ -287,8 +287,8 @@ class Agent:
         lost = []
         for route in self._in_force:
             held = self._held.get(route.model)
-            wanted = dict(gateway.shares(held.route)) if held else {}
-            for version, _ in gateway.shares(route):
+            wanted = dict(gateway_routes.shares(held.route)) if held else {}
+            for version, _ in gateway_routes.shares(route):
                 runner = self._runners.get((route.model, version))
                 if version not in wanted and runner is not None and not runner.suspended and self._covered(route.model):
                     lost.append((route.model, version))
@@ -344,7 +344,7 @@ class Agent:
         return gateway.cluster_resources(backends, self.settings.gateway)
 
     def _routes(self) -> list[dict[str, Any]]:
-        return gateway.route_resources([held.route for held in self._held.values()], self.settings.gateway)
+        return gateway_routes.route_resources([held.route for held in self._held.values()], self.settings.gateway)
 
     # --- state ---
 
@@ -398,7 +398,7 @@ class Agent:
                 renewed = entry["renewed_since_boot"]
                 if state["boot"] != _boot():
                     renewed = since_boot() - _age_by_wall_clock(entry["renewed_at"])
-                route = Route(**entry["route"])
+                route = route_of(entry["route"])
                 self._held[route.model] = routes.Held(route, renewed, lost)
             return [VersionSpec(**entry) for entry in state["versions"]]
         except (KeyError, TypeError, ValueError) as exc:
@@ -422,7 +422,7 @@ def _age_by_wall_clock(renewed_at: float) -> float:
 
 def _in_use(route: Route) -> set[str]:
     """The versions that the route needs: those with a share, and the stable one, to which failures are moved."""
-    versions = {version for version, _ in gateway.shares(route)} | {route.stable, gateway.shadowed(route)}
+    versions = {version for version, _ in gateway_routes.shares(route)} | {route.stable, gateway_routes.shadowed(route)}
     return {version for version in versions if version is not None}
 
 

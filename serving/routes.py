@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from policies.traffic import Route
+from policies.traffic import Route, route_of
 from serving.agent_errors import BadRequest, Conflict
 
 
@@ -131,7 +131,9 @@ def without_more(before: Route | None, after: Route) -> bool:
     """Whether the change takes from the candidate or leaves it as it was: such a change is never held up."""
     if after.weight == 0 and after.shadow == 0:
         return True
-    return before is not None and before.candidate == after.candidate and after.weight <= before.weight
+    if before is None or (before.candidate, before.rules) != (after.candidate, after.rules):
+        return False
+    return after.weight <= before.weight
 
 
 def route_from(body: Mapping[str, Any], model: str) -> Route:
@@ -153,6 +155,8 @@ def route_from(body: Mapping[str, Any], model: str) -> Route:
     if lease is not None and (isinstance(lease, bool) or not isinstance(lease, int | float) or not 0 < lease < 86400):
         raise BadRequest(f"'lease_s' must be seconds between 0 and 86400, or null, not {lease!r}")
     try:
-        return Route(**{"stable": None, **body, "model": model})
+        return route_of({"stable": None, **body, "model": model})
+    except KeyError as exc:
+        raise BadRequest(f"{exc} is missing in one of the rules") from exc
     except (TypeError, ValueError) as exc:
         raise BadRequest(str(exc)) from exc

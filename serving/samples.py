@@ -22,6 +22,7 @@ from serving.metrics import Metrics
 from serving.model import Feeds
 from serving.tensors import Array, Tensor
 
+UNSAMPLED = "\0"  # the id of a request of which no sample may be kept
 _WIDTH_MAX = 2048  # an input with more numbers per row (an image) is not kept: it would be one column each
 
 
@@ -49,6 +50,8 @@ class _Kept:
 
 def chosen(request_id: str, share: float) -> bool:
     """Whether the rows of this request are kept: the same everywhere for the same id."""
+    if request_id == UNSAMPLED:
+        return False
     return share >= 1.0 or zlib.crc32(request_id.encode()) < share * 2**32
 
 
@@ -81,7 +84,7 @@ class Samples:
     def keep(self, ids: Sequence[str], rows: Sequence[int], feeds: Feeds, predictions: Array, status: int) -> None:
         """Takes the chosen requests' rows, or drops and counts them where the bounds are reached."""
         share = self._settings.share
-        if share >= 1.0:
+        if share >= 1.0 and UNSAMPLED not in ids:
             self._take(ids, rows, feeds, predictions, status)
             return
         start = 0

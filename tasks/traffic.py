@@ -6,12 +6,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from policies.events import Effect
+from policies.policy import RolloutPolicy
 from policies.rollout import Rollout
 from policies.traffic import Route
 from tasks.ports import Router
 
 
-def route_for(state: Rollout, effect: Effect, lease_s: float) -> Route:
+def route_for(state: Rollout, effect: Effect, policy: RolloutPolicy) -> Route:
     """The route that a ROUTE effect asks for. It carries a lease wherever there is a stable version to go back to."""
     if effect.version is not None or not (effect.weight or effect.shadow):
         return Route(state.model, stable=effect.version, epoch=effect.asked_by)
@@ -22,7 +23,9 @@ def route_for(state: Rollout, effect: Effect, lease_s: float) -> Route:
         weight=effect.weight,
         shadow=effect.shadow,
         epoch=effect.asked_by,
-        lease_s=lease_s if state.stable else None,
+        lease_s=policy.lease if state.stable else None,
+        key=policy.audience.key,
+        rules=policy.audience.rules,
     )
 
 

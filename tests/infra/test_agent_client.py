@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.agent_client import AgentAbsent, AgentClient, AgentError, AgentRefused, AgentRejected, route_of
+from infra.agent_client import AgentAbsent, AgentClient, AgentError, AgentRefused, AgentRejected, route_in
 from policies.traffic import Route
 
 
@@ -121,4 +121,4 @@ def test_names_cannot_reach_other_paths_and_the_token_goes_along(tmp_path: Path)
 
 def test_a_route_is_read_back_from_a_status() -> None:
     held = {"model": "m", "stable": "1", "candidate": "2", "weight": 5, "shadow": 0, "epoch": 3, "lease_s": 9.0}
-    assert route_of({**held, "lease_left_s": 4.0, "lease_lost": None}) == Route("m", "1", "2", 5, 0, 3, 9.0)
+    assert route_in({**held, "lease_left_s": 4.0, "lease_lost": None}) == Route("m", "1", "2", 5, 0, 3, 9.0)

@@ -64,7 +64,8 @@ class StandIn:
             self.errors += 1
             return 500, b'{"error": "as asked"}'
         seen = {"version": self.arguments.version, "id": headers.get("x-request-id"), "answered": self.answered}
-        return 200, json.dumps({**seen, "path": path, "bytes": len(body)}).encode()
+        seen |= {"apart": headers.get("x-lockgate-apart"), "path": path, "bytes": len(body)}
+        return 200, json.dumps(seen).encode()
 
     def metrics(self) -> str:
         who = f'model="{self.arguments.model}",version="{self.arguments.version}"'

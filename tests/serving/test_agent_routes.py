@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.traffic import Route
+from policies.traffic import Key, Route, Rule
 from serving.agent_errors import BadRequest, Conflict
 from serving.routes import (
     Capacity,
@@ -127,6 +127,7 @@ def test_going_back_needs_one_ready_stable_replica_and_nothing_of_the_candidate(
     assert not without_more(held.route, replace(CANARY, weight=6))
     assert not without_more(held.route, replace(CANARY, candidate="3"))
     assert not without_more(None, CANARY)
+    assert not without_more(held.route, replace(CANARY, rules=(Rule(Key(), ("ann",), "candidate"),)))
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,16 @@ def test_going_back_needs_one_ready_stable_replica_and_nothing_of_the_candidate(
         ({"stable": "1", "lease_s": -1}, "'lease_s' must be seconds"),
         ({"stable": "1", "lease_s": float("nan")}, "'lease_s' must be seconds"),
         ({"stable": "1", "candidate": "2", "weight": 101}, "weight 101 is not between 0 and 100"),
+        ({"stable": "1", "key": {"kind": "ip"}}, "'ip' is no kind of key"),
+        ({"stable": "1", "key": {"kind": "header", "name": "a b"}}, "'a b' cannot be the name of a header"),
+        ({"stable": "1", "rules": [{"values": ["a"], "to": "stable"}]}, "'key' is missing in one of the rules"),
+        ({"stable": "1", "rules": [{"key": {}, "values": ["a"], "to": "2"}]}, "not to '2'"),
+        ({"stable": "1", "rules": [{"key": {}, "values": [], "to": "stable"}]}, "names no value"),
+        (
+            {"stable": "1", "rules": [{"key": {}, "values": ["a\r\nb: c"], "to": "stable"}]},
+            "cannot be the value of a header",
+        ),
+        ({"stable": "1", "rules": 5}, "not iterable"),
         ({"stable": "1", "weight": 5}, "a share of the traffic needs a candidate"),
         ({"candidate": "2", "weight": 5}, "without a stable version"),
     ],

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.metrics import Metrics
-from serving.samples import Samples, SampleSettings, chosen
+from serving.samples import UNSAMPLED, Samples, SampleSettings, chosen
 from serving.tensors import BY_NAME, Tensor
 
 INPUTS = [Tensor("f", BY_NAME["FP32"], ("N", 2)), Tensor("s", BY_NAME["BYTES"], ("N",))]
@@ -53,6 +53,14 @@ def test_a_row_is_kept_as_it_was(tmp_path: Path) -> None:
     assert [row["prediction"] for row in rows[:3]] == [0.1, 0.2, 0.3]
     assert metrics.samples == 4
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_of_what_was_not_drawn_by_chance_no_row_is_kept(tmp_path: Path) -> None:
+    samples, metrics = sampler(tmp_path)
+    samples.keep(["a", UNSAMPLED, "b"], [1, 2, 1], feeds(4), np.array([0.1, 0.2, 0.3, 0.4]), 200)
+    samples.write()
+    assert [(row["request_id"], row["prediction"]) for row in read(tmp_path)] == [("a", 0.1), ("b", 0.4)]
+    assert (metrics.samples, metrics.samples_dropped) == (2, 0)
 
 
 def test_the_columns_have_the_agreed_types(tmp_path: Path) -> None:

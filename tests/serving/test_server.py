@@ -152,6 +152,7 @@ def test_sampled_rows_are_on_disk_after_the_drain(tmp_path: Path) -> None:
             data = [[at, 0, 0, 0], [-at, 0, 0, 0]]
             body = {"inputs": [{"name": "f", "shape": [2, 4], "datatype": "FP32", "data": data}]}
             server.client.post("/v2/models/m/infer", json=body, headers={"x-request-id": f"r{at}"})
+        server.client.post("/v2/models/m/infer", json=body, headers={"x-lockgate-apart": "true"}).raise_for_status()
         server.stop()
     tables = [pa.ipc.open_file(path).read_all() for path in sorted((tmp_path / "rows").glob("*.arrow"))]
     rows = pa.concat_tables(tables).to_pylist()

@@ -33,6 +33,15 @@ def test_a_good_version_climbs_every_stage_and_ends_alone_with_the_alias() -> No
     assert state.settled
 
 
+def test_the_policy_s_audience_goes_with_every_share_of_the_candidate() -> None:
+    world = World(POLICY + "  audience: {user_cookie: session, never: {tenants: [bank]}}\n")
+    assert world.drive().phase is Phase.PROMOTED
+    audience = world.policy.rollout.audience
+    shared = [route for route in world.router.history if route.candidate]
+    assert len(shared) == 4
+    assert all((route.key, route.rules) == (audience.key, audience.rules) for route in shared)
+
+
 def test_a_version_that_fails_more_often_is_taken_back_and_its_bytes_are_quarantined() -> None:
     world = World().given("2", errors=0.10)
     state = world.drive()
