@@ -325,7 +325,7 @@ class Retrain(_Strict):
 class Monitor(_Strict):
     """What is looked at once a version serves alone, period by period."""
 
-    every: Seconds = Field(3600.0, ge=60, le=31 * 86400.0, description="The period.")
+    every: Seconds = Field(3600.0, ge=30, le=31 * 86400.0, description="The period.")
     false_alarms_per_year: Annotated[float, Field(ge=0.01, le=12, allow_inf_nan=False)] = Field(
         0.1, description="How many alarms a year chance alone may raise, over all looks of all tests of the model."
     )

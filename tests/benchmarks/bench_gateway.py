@@ -1,8 +1,8 @@
 """What the gateway costs, and how fast a change of weights is in force: `python -m tests.benchmarks.bench_gateway`.
 
 Cost: the same model server asked directly, through our Envoy configuration (aggregate clusters, retries, buffering,
-hash split), through a plain Envoy and, where it is installed, through HAProxy; in turns within each round. p50 at one
-connection, CPU of the proxy's process per request at 16. Needs `wrk`.
+hash split), through a plain Envoy and through HAProxy; in turns within each round. p50 at one connection, CPU of the
+proxy's process per request at 16. Needs `wrk` and `haproxy` (Debian packages of these names).
 
 Changes: clients ask without pause while the route changes 100 times (shares, promotions, rollbacks). A change is in
 force from the moment after which no request that starts still gets the former version, counted from the call to the
@@ -124,9 +124,8 @@ def cost(agent: RunningAgent, model: Path, digest: str, rounds: int, seconds: fl
         ways["direct"] = (port, None)
         port = free_port()
         ways["plain Envoy"] = (port, stack.enter_context(running(plain_envoy(agent.folder, port, socket), port)))
-        if shutil.which("haproxy"):
-            port = free_port()
-            ways["HAProxy"] = (port, stack.enter_context(running(haproxy(agent.folder, port, socket), port)))
+        port = free_port()
+        ways["HAProxy"] = (port, stack.enter_context(running(haproxy(agent.folder, port, socket), port)))
         seen: dict[str, dict[str, list[float]]] = {way: {"p50_ms": [], "cpu_us": [], "rps": []} for way in ways}
         failed = 0.0
         for _ in range(rounds):
@@ -257,7 +256,7 @@ def report(costs: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
         added = seen["p50_ms"] - direct
         print(f"{way:14} {seen['p50_ms']:8.3f} {added:9.3f} {seen['cpu_us']:15.1f} {seen['rps']:11.0f}")
     in_force, calls = sorted(changed["in_force_ms"]), sorted(changed["call_ms"])
-    ours, plain = by_way["gateway"], by_way["plain Envoy"]
+    ours, plain, other = by_way["gateway"], by_way["plain Envoy"], by_way["HAProxy"]
     checks = [
         check("requests through changes", changed["requests"], ">= 100000", lambda value: value >= 100_000),
         check("failed requests through changes", len(changed["failed"]), "== 0", lambda value: value == 0),
@@ -268,12 +267,14 @@ def report(costs: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
         check("added p50, ms", ours["p50_ms"] - direct, "reported", lambda _: True),
         check("added p50 against plain Envoy, ms", ours["p50_ms"] - plain["p50_ms"], "reported", lambda _: True),
         check("CPU per request against plain Envoy", ours["cpu_us"] / plain["cpu_us"], "reported", lambda _: True),
+        check("added p50 against HAProxy, ms", ours["p50_ms"] - other["p50_ms"], "reported", lambda _: True),
+        check("CPU per request against HAProxy", ours["cpu_us"] / other["cpu_us"], "reported", lambda _: True),
         check("failed requests through proxies", costs["failed"], "== 0", lambda value: value == 0),
     ]
     for one in checks:
         print(f"{'ok  ' if one['holds'] else 'MISS'} {one['what']:40} {one['value']:>12} {one['bar']:>12}")
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()}
-    raw = {"cost": costs, "changes": {**changed, "failed": changed["failed"][:20]}, "HAProxy": "HAProxy" in by_way}
+    raw = {"cost": costs, "changes": {**changed, "failed": changed["failed"][:20]}}
     return {"checks": checks, "machine": machine, "raw": raw}
 
 
@@ -285,6 +286,9 @@ def main() -> int:
     parser.add_argument("--pause-s", type=float, default=0.3)
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks/gateway.json"))
     given = parser.parse_args()
+    missing = [tool for tool in ("wrk", "haproxy") if shutil.which(tool) is None]
+    if missing:
+        parser.error(f"not installed: {', '.join(missing)}; on Debian: apt-get install {' '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder:
         agent = RunningAgent(Path(folder), server=f"{sys.executable} -m serving.server")
         try:

@@ -88,14 +88,14 @@ def test_a_drift_is_found_in_the_first_period_that_it_fills() -> None:
     assert found[:, 0].mean() > 0.98
 
 
-@pytest.mark.parametrize("every_s", [60.0, 3600.0, 86400.0, 31 * 86400.0])
+@pytest.mark.parametrize("every_s", [30.0, 3600.0, 86400.0, 31 * 86400.0])
 def test_an_alarm_can_be_raised_at_any_period_and_rate(every_s: float) -> None:
     """The smallest p-value that the permutations can give is small enough, and their number can be afforded."""
     for rate in (0.01, 0.1, 12):
         rules = Monitor(every=f"{every_s}s", false_alarms_per_year=rate)
         smallest = 1 / (monitor.permutations(rules) + 1)
         assert smallest <= monitor.alpha_half(rules)
-        assert monitor.permutations(rules) <= 15_000
+        assert monitor.permutations(rules) <= 21_000
 
 
 def test_a_difference_below_the_threshold_is_no_drift_however_sure() -> None:
