@@ -41,7 +41,7 @@ from policies.verdict import GateReport, Verdict, worst
 from tasks.deployment import deploy, deployment, undeploy
 from tasks.evidence import Lookout
 from tasks.outcome import quarantine, set_champion, tell
-from tasks.ports import BadInput, Entry, NotThere, PortError, Ports, Refused
+from tasks.ports import BadInput, NotThere, PortError, Ports, Refused
 from tasks.registration import fetch
 from tasks.traffic import route_for, set_traffic
 
@@ -118,7 +118,9 @@ class Controller:
         self.policy = policy_of(entries)
         self.gates = gates.begin(self.policy)
         for entry in entries:
-            self._learn(entry)
+            evidence = evidence_of(entry)
+            if evidence is not None:
+                self.gates, _ = gates.look(self.policy, int(entry.body["stage"]), self.gates, evidence)
         self.lookout = Lookout(self.ports.telemetry, self.policy)
         self.tries = 0
         self.outbox_at: dict[str, tuple[int, float]] = {}
@@ -160,14 +162,7 @@ class Controller:
                 raise Superseded(f"{event.by} has taken over rollout {self.rollout}")
             self.state, _ = rollout.step(self.state, event)
             self.sequence = entry.sequence
-            self._learn(entry)
             self.observe(Progress(self.rollout, self.state, event))
-
-    def _learn(self, entry: Entry) -> None:
-        """What a look on the record has shown weighs in all later ones, whoever looked."""
-        evidence = evidence_of(entry)
-        if evidence is not None:
-            self.gates, _ = gates.look(self.policy, int(entry.body["stage"]), self.gates, evidence)
 
     def _try_append(self, event: Event, **extra: Any) -> bool:
         """As `_append`, for an event that somebody else's order may have overtaken: then the order stands."""

@@ -130,8 +130,11 @@ class Batcher:
         """Nothing waits and nothing runs."""
         return not self._queue and not self._busy
 
-    def submit(self, job: Job) -> None:
-        """Queues the job for the next turn. Raises Busy when the queue is full; then `finish` is not called."""
+    def submit(self, job: Job, at_once: bool = False) -> None:
+        """Queues the job for the next turn of the loop, or for this one, where nothing else can come to join it.
+
+        Raises Busy when the queue is full; then `finish` is not called.
+        """
         if self._queue and self._rows + job.rows > self._limits.queue_rows:
             raise Busy("rows", self._limits.queue_rows)
         if self._queue and self._bytes + job.bytes > self._limits.queue_bytes:
@@ -144,7 +147,10 @@ class Batcher:
         self._bytes += job.bytes
         if not self._busy:
             self._busy = True
-            self._loop.call_soon(self._turn)
+            if at_once:
+                self._turn()
+            else:
+                self._loop.call_soon(self._turn)
 
     def expire(self) -> None:
         """Answers the jobs whose deadline passed while they wait; to be called now and then."""

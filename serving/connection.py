@@ -21,21 +21,51 @@ from serving.settings import HttpLimits
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
+_HEADS_MAX = 256  # heads that are remembered: clients send the same one again and again
+_HEAD_LENGTH_MAX = 2048  # bytes; longer ones are not
+# A head with one of these will not come again, or is more than a head (and a secret is not kept longer than needed).
+_UNLIKE = (b"x-request-id", b"traceparent", b"authorization", b"cookie", b"transfer-encoding", b"expect")
+
+
+class Head:
+    """What a request's head came to when it was read by the parser; `length`: the bytes of body that follow it."""
+
+    __slots__ = ("headers", "length", "method", "path")
+
+    def __init__(self, method: bytes, path: bytes, headers: dict[bytes, bytes], length: int) -> None:
+        self.method = method
+        self.path = path
+        self.headers = headers
+        self.length = length
+
 
 class Exchange:
     """One request and the chance to answer it, once. `started` is when it had arrived whole (perf_counter seconds)."""
 
     __slots__ = ("_connection", "body", "finished", "headers", "keep_alive", "method", "path", "started")
 
-    def __init__(self, connection: Connection, method: bytes, path: bytes, headers: dict[bytes, bytes]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        method: bytes,
+        path: bytes,
+        headers: dict[bytes, bytes],
+        body: bytes = b"",
+        started: float = 0.0,
+    ) -> None:
         self._connection = connection
         self.method = method
         self.path = path
         self.headers = headers
-        self.body: bytes = b""
+        self.body = body
         self.keep_alive = True
-        self.started = 0.0
+        self.started = started
         self.finished = False
+
+    @property
+    def alone(self) -> bool:
+        """Nobody else is connected, and this client has sent nothing more: no other request can come with this one."""
+        return self._connection.only
 
     def reply(self, status: int, body: bytes, content_type: bytes, extra: bytes = b"") -> None:
         """Answers. `extra` is whole header lines. A second answer is a programming error."""
@@ -62,6 +92,7 @@ class Host:
         self.connections: set[Connection] = set()
         self.held = 0
         self.draining = False
+        self.heads: dict[bytes, Head] = {}
 
     def connect(self) -> Connection:
         """The protocol factory of the listening sockets."""
@@ -102,6 +133,7 @@ class Connection(asyncio.Protocol):
         self._half = False  # the client sends no more, but waits for its answers
         self._failed = False  # what came could not be read; anything after it is thrown away
         self._closing = False
+        self._whole: bytes | None = None  # what is being read, if a request begins with it
 
     # -- asyncio.Protocol ------------------------------------------------------------------------------------------
 
@@ -128,7 +160,14 @@ class Connection(asyncio.Protocol):
             return
         self._active = perf_counter()
         if self._started is None:
+            end = data.find(b"\r\n\r\n", 0, _HEAD_LENGTH_MAX) + 4
+            head = self._host.heads.get(data[:end])
+            if head is not None and len(data) == end + head.length:
+                # The parser has read this very head before, and it stands between two requests: it may rest.
+                self._take(Exchange(self, head.method, head.path, head.headers, data[end:], self._active))
+                return
             self._started = self._active
+            self._whole = data
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -140,12 +179,11 @@ class Connection(asyncio.Protocol):
             self._fail(cause if isinstance(cause, Refused) else Malformed("the request cannot be read"))
         except httptools.HttpParserError as exc:
             self._fail(Malformed(f"this is not HTTP/1.1: {exc}"))
+        self._whole = None
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > self._host.limits.head_max:
                 self._fail(TooLarge(f"the head of the request has more than {self._host.limits.head_max} bytes"))
-        if self._waiting and self._transport is not None:
-            self._transport.pause_reading()
 
     def eof_received(self) -> bool:
         """The client sends no more; it may still read the answer to what it sent."""
@@ -214,11 +252,35 @@ class Connection(asyncio.Protocol):
         self._started = None
         self._host.held -= self._held
         self._held = 0
+        if self._whole is not None:
+            self._remember(exchange, self._whole)
+            self._whole = None
+        self._take(exchange)
+
+    def _remember(self, exchange: Exchange, data: bytes) -> None:
+        """Keeps what the head came to, if `data` is this request, whole and alone, and its head may come again."""
+        headers, length = exchange.headers, len(exchange.body)
+        end = len(data) - length
+        if data.find(b"\r\n\r\n", 0, _HEAD_LENGTH_MAX) + 4 != end or not exchange.keep_alive:
+            return
+        if self._parser.should_upgrade():
+            return
+        if int(headers.get(b"content-length", b"0")) != length or any(name in headers for name in _UNLIKE):
+            return
+        heads = self._host.heads
+        if len(heads) >= _HEADS_MAX:
+            heads.clear()
+        heads[data[:end]] = Head(exchange.method, exchange.path, headers, length)
+
+    def _take(self, exchange: Exchange) -> None:
+        """A whole request: its turn is now, or after those before it."""
         if self._current is None and self._stuck is None:
             self._current = exchange
             self._host.handle(exchange)
         else:
             self._waiting.append(exchange)
+            if self._transport is not None:
+                self._transport.pause_reading()
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
@@ -270,6 +332,11 @@ class Connection(asyncio.Protocol):
         self._host.refuse(exchange, error)
 
     # -- time ------------------------------------------------------------------------------------------------------
+
+    @property
+    def only(self) -> bool:
+        """No other client is connected."""
+        return len(self._host.connections) == 1
 
     @property
     def idle(self) -> bool:

@@ -161,7 +161,7 @@ class Endpoints:
         def finish(outcome: Outcome) -> None:
             self._answer(exchange, codec, call, outcome)
 
-        self._batcher.submit(Job(request_id, call.feeds, call.rows, len(body), deadline, finish))
+        self._batcher.submit(Job(request_id, call.feeds, call.rows, len(body), deadline, finish), exchange.alone)
 
     def _answer(self, exchange: Exchange, codec: Codec, call: Call, outcome: Outcome) -> None:
         """Writes the answer when the model has run. Never raises: the other answers of the batch come after it."""

@@ -15,14 +15,16 @@ import orjson
 
 from serving.errors import Malformed, OffContract
 from serving.model import Feeds, Signature
-from serving.tensors import Array, Tensor, from_bytes, from_json, to_bytes, to_json
+from serving.tensors import Array, Tensor, from_bytes, from_json, from_text, to_bytes, to_json
 
 JSON = b"application/json"
 BINARY = b"application/octet-stream"
 _FLAT = orjson.OPT_SERIALIZE_NUMPY
 _DIMENSION_MAX = 2**40
-_REMEMBERED_MAX = 128  # JSON heads of raw requests and answers: clients send the same one again and again
+_REMEMBERED_MAX = 128  # of each kind of frame around the numbers: clients send the same ones again and again
 _HEAD_MAX = 4096  # bytes; longer ones are not remembered
+
+Wanted = tuple[tuple[int, bool], ...]  # the outputs asked for, by position, each with whether raw bytes are
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,18 @@ class _Plan:
     parts: tuple[tuple[Tensor, tuple[int, ...], int, int], ...]
     size: int
     rows: int
-    wanted: Sequence[tuple[int, bool]]
+    wanted: Wanted
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What a JSON request with one flat input came to, the numbers taken out; `tail` is what stands after them."""
+
+    spec: Tensor
+    shape: tuple[int, ...]
+    tail: bytes
+    rows: int
+    wanted: Wanted
 
 
 class InferenceProtocol:
@@ -86,11 +99,15 @@ class InferenceProtocol:
         self._who = who
         self._inputs = {spec.name: spec for spec in who.signature.inputs}
         self._outputs = {spec.name: at for at, spec in enumerate(who.signature.outputs)}
-        self._names = [spec.name for spec in who.signature.outputs]
-        self._datatypes = [spec.datatype.name for spec in who.signature.outputs]
+        self._described = [
+            b'{"name":%b,"datatype":"%b","shape":' % (orjson.dumps(spec.name), spec.datatype.name.encode())
+            for spec in who.signature.outputs
+        ]
+        self._opening = orjson.dumps({"model_name": who.model, "model_version": who.version})[:-1]
         self._plans: dict[bytes, _Plan] = {}
-        self._heads: dict[tuple[Any, ...], bytes] = {}
-        self._all = [(at, False) for at in range(len(self._names))]
+        self._forms: dict[bytes, _Form] = {}
+        self._frames: dict[tuple[Any, ...], list[bytes]] = {}
+        self._all: Wanted = tuple((at, False) for at in range(len(self._described)))
 
     def decode(self, body: bytes, header_length: int | None = None) -> Call:
         """The call that `body` asks for; with `header_length`, raw tensors follow after that many bytes of JSON.
@@ -98,7 +115,7 @@ class InferenceProtocol:
         Raises Malformed or OffContract.
         """
         if header_length is None:
-            return self._decode(parse(body), memoryview(b""))
+            return self._decode_text(body)
         if not 0 <= header_length <= len(body):
             raise Malformed(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
         head, raw = body[:header_length], memoryview(body)[header_length:]
@@ -108,10 +125,46 @@ class InferenceProtocol:
             return Call("", feeds, plan.rows, lambda outputs: self._encode("", plan.wanted, outputs))
         asked = parse(head)
         call = self._decode(asked, raw)
-        self._remember(head, asked, len(raw), call.rows)
+        self._remember_plan(head, asked, len(raw), call.rows)
         return call
 
-    def _remember(self, head: bytes, asked: Mapping[str, Any], size: int, rows: int) -> None:
+    def _decode_text(self, body: bytes) -> Call:
+        """As `decode`, for JSON alone. If only the numbers differ from an earlier request, only they are read."""
+        start = body.find(b"[", body.find(b'"data"', 0, _HEAD_MAX) + 6)
+        form = self._forms.get(body[:start])
+        if form is not None and body.endswith(form.tail):
+            values = from_text(form.spec, form.shape, body[start : len(body) - len(form.tail)])
+            if values is not None:
+                wanted = form.wanted
+                return Call("", {form.spec.name: values}, form.rows, lambda outputs: self._encode("", wanted, outputs))
+        asked = parse(body)
+        call = self._decode(asked, memoryview(b""))
+        if form is None:
+            self._remember_form(body, start, asked, call)
+        return call
+
+    def _remember_form(self, body: bytes, start: int, asked: dict[str, Any], call: Call) -> None:
+        """Keeps what stands around the numbers of this request, if they are all that will differ in the next one.
+
+        The proof that the list at `start` is the input's data: without its numbers, the body says the same less them.
+        """
+        stop = body.rfind(b"]", start, body.find(b"]", start) + 1)
+        tail = body[stop + 1 :]
+        inputs = asked["inputs"]
+        if "id" in asked or len(inputs) != 1 or start + len(tail) > _HEAD_MAX or stop < 0:
+            return
+        try:
+            emptied = orjson.loads(body[:start] + b"[]" + tail)
+        except orjson.JSONDecodeError:
+            return
+        if emptied != {**asked, "inputs": [{**inputs[0], "data": []}]}:
+            return
+        spec = self._inputs[inputs[0]["name"]]
+        if len(self._forms) >= _REMEMBERED_MAX:
+            self._forms.clear()
+        self._forms[body[:start]] = _Form(spec, tuple(inputs[0]["shape"]), tail, call.rows, self._wanted(asked))
+
+    def _remember_plan(self, head: bytes, asked: Mapping[str, Any], size: int, rows: int) -> None:
         """Keeps what `head` came to, if all its tensors are raw and it has no id: then it will come again."""
         if "id" in asked or len(head) > _HEAD_MAX:
             return
@@ -160,13 +213,12 @@ class InferenceProtocol:
             raise Malformed(f"{len(raw)} bytes of tensor data belong to no input")
         return feeds
 
-    def _wanted(self, asked: Mapping[str, Any]) -> list[tuple[int, bool]]:
-        """Which outputs are asked for, each with whether raw bytes are."""
+    def _wanted(self, asked: Mapping[str, Any]) -> Wanted:
         parameters = _parameters(asked)
         binary = parameters.get("binary_data_output", False) is True
         outputs = asked.get("outputs")
         if not outputs:
-            return [(at, True) for at, _ in self._all] if binary else self._all
+            return tuple((at, True) for at, _ in self._all) if binary else self._all
         if type(outputs) is not list:
             raise Malformed(f"'outputs' must be a list, not {_kind(outputs)}")
         wanted = []
@@ -181,56 +233,51 @@ class InferenceProtocol:
             wanted.append((at, details.get("binary_data", binary) is True))
         if len(wanted) > len({at for at, _ in wanted}):
             raise Malformed("an output is asked for twice")
-        return wanted
+        return tuple(wanted)
 
-    def _encode(self, call_id: str, wanted: Sequence[tuple[int, bool]], outputs: list[Array]) -> Reply:
-        if not call_id and all(binary for _, binary in wanted):
-            return self._encode_raw(wanted, outputs)
-        answer: dict[str, Any] = {"model_name": self._who.model, "model_version": self._who.version}
-        if call_id:
-            answer["id"] = call_id
-        tensors: list[dict[str, Any]] = []
+    def _encode(self, call_id: str, wanted: Wanted, outputs: list[Array]) -> Reply:
+        texts: list[bytes] = []
         raws: list[bytes] = []
+        sizes: list[Any] = []
         for at, binary in wanted:
             values = outputs[at]
-            tensor: dict[str, Any] = {
-                "name": self._names[at],
-                "datatype": self._datatypes[at],
-                "shape": values.shape,
-            }
             if binary:
-                raws.append(to_bytes(values))
-                tensor["parameters"] = {"binary_data_size": len(raws[-1])}
+                raw = to_bytes(values)
+                raws.append(raw)
+                sizes.append((values.shape, len(raw)))
             else:
-                tensor["data"] = to_json(values.reshape(-1))
-            tensors.append(tensor)
-        answer["outputs"] = tensors
-        head = orjson.dumps(answer, option=_FLAT)
+                texts.append(orjson.dumps(to_json(values.reshape(-1)), option=_FLAT))
+                sizes.append(values.shape)
+        key = (wanted, *sizes)
+        frame = self._frames.get(key)
+        if frame is None:
+            frame = self._remember_frame(key, wanted, sizes)
+        parts = [self._opening, frame[0]]
+        if call_id:
+            parts.insert(1, b',"id":' + orjson.dumps(call_id))
+        for text, piece in zip(texts, frame[1:], strict=True):
+            parts += (text, piece)
+        head = b"".join(parts)
         if not raws:
             return Reply(head)
         return Reply(b"".join((head, *raws)), BINARY, len(head))
 
-    def _encode_raw(self, wanted: Sequence[tuple[int, bool]], outputs: list[Array]) -> Reply:
-        """As `_encode`, for raw tensors only and without an id: the JSON head follows from shapes and sizes."""
-        raws = [to_bytes(outputs[at]) for at, _ in wanted]
-        key = tuple((at, outputs[at].shape, len(raw)) for (at, _), raw in zip(wanted, raws, strict=True))
-        head = self._heads.get(key)
-        if head is None:
-            tensors = [
-                {
-                    "name": self._names[at],
-                    "datatype": self._datatypes[at],
-                    "shape": shape,
-                    "parameters": {"binary_data_size": size},
-                }
-                for at, shape, size in key
-            ]
-            who = {"model_name": self._who.model, "model_version": self._who.version}
-            head = orjson.dumps({**who, "outputs": tensors})
-            if len(self._heads) >= _REMEMBERED_MAX:
-                self._heads.clear()
-            self._heads[key] = head
-        return Reply(b"".join((head, *raws)), BINARY, len(head))
+    def _remember_frame(self, key: tuple[Any, ...], wanted: Wanted, sizes: Sequence[Any]) -> list[bytes]:
+        """What stands in an answer before, between and after the JSON data of its tensors."""
+        pieces, piece = [], b',"outputs":['
+        for (at, binary), size in zip(wanted, sizes, strict=True):
+            piece += self._described[at]
+            if binary:
+                shape, length = size
+                piece += b'%b,"parameters":{"binary_data_size":%d}},' % (orjson.dumps(shape), length)
+            else:
+                pieces.append(piece + orjson.dumps(size) + b',"data":')
+                piece = b"},"
+        pieces.append(piece.removesuffix(b",") + b"]}")
+        if len(self._frames) >= _REMEMBERED_MAX:
+            self._frames.clear()
+        self._frames[key] = pieces
+        return pieces
 
 
 def _input(spec: Tensor, tensor: Mapping[str, Any], raw: memoryview) -> tuple[Array, memoryview]:

@@ -1,8 +1,8 @@
 """Sampled rows: what went in and came out, as Arrow files that others pick up while the server goes on.
 
 Whether a request is kept is decided by a hash of its id, so the stable version and the shadow keep the same rows.
-The event loop only appends to a list; a thread writes. Nothing here delays or fails a request: what cannot be kept
-is dropped and counted.
+The event loop copies the rows into a segment of fixed size; a thread writes it while another one fills. Nothing here
+delays or fails a request: what cannot be kept is dropped and counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -38,14 +38,48 @@ class SampleSettings:
     every_s: float = 0.8
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    at: float
-    ids: Sequence[str]
-    rows: Sequence[int]
-    feeds: Feeds
-    predictions: Array
-    status: int
+class _Segment:
+    """Room for so many rows, column by column; what is the same for all rows of a batch stands once per batch."""
+
+    def __init__(self, inputs: Sequence[Tensor], room: int) -> None:
+        self.room = room
+        # Memory that is never written to costs nothing: an idle server's segments are empty pages.
+        self.inputs = {spec.name: np.empty((room, _columns(spec)), spec.datatype.numpy) for spec in inputs}
+        self.predictions = np.empty(room)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the rows."""
+        self.filled = 0
+        self.ids: list[str] = []
+        self.rows: list[int] = []  # per id
+        self.counts: list[int] = []  # rows per batch, of which these are the time and the status:
+        self.times: list[float] = []
+        self.statuses: list[int] = []
+        self.odd: set[str] = set()  # inputs without a row axis in some batch: nothing to lay beside the predictions
+        for values in self.inputs.values():
+            if values.dtype == object:
+                values[:] = None
+
+    def add(
+        self, ids: Sequence[str], rows: Sequence[int], feeds: Mapping[str, Array], predictions: Array, status: int
+    ) -> None:
+        """Copies the rows, for which there is room."""
+        count = len(predictions)
+        start, end = self.filled, self.filled + count
+        self.predictions[start:end] = predictions
+        for name, kept in self.inputs.items():
+            values = feeds.get(name)
+            if values is None or values.size != count * kept.shape[1]:
+                self.odd.add(name)
+            else:
+                kept[start:end] = values.reshape(count, -1)
+        self.ids += ids
+        self.rows += rows
+        self.counts.append(count)
+        self.times.append(time())
+        self.statuses.append(status)
+        self.filled = end
 
 
 def chosen(request_id: str, share: float) -> bool:
@@ -61,10 +95,10 @@ class Samples:
     def __init__(self, settings: SampleSettings, inputs: Sequence[Tensor], epoch: str, metrics: Metrics) -> None:
         self._settings, self._epoch, self._metrics = settings, epoch, metrics
         self._inputs = [spec for spec in inputs if _columns(spec)]
-        self._lock = threading.Lock()  # held for the exchange of a list, never over a file
-        self._kept: list[_Kept] = []
-        self._rows = 0
-        self._bytes = 0
+        row_bytes = sum(_columns(spec) * spec.datatype.numpy.itemsize for spec in self._inputs)
+        room = min(settings.rows_max, settings.bytes_max // max(1, row_bytes))
+        self._lock = threading.Lock()  # held while one batch is copied or the segments change, never over a file
+        self._filling, self._spare = _Segment(self._inputs, room), _Segment(self._inputs, room)
         self._written = 0
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._write_on, name="samples", daemon=True)
@@ -99,15 +133,12 @@ class Samples:
         count = len(predictions)
         if not count:
             return
-        settings = self._settings
-        size = sum(values.nbytes for values in feeds.values())
         with self._lock:
-            if self._rows + count > settings.rows_max or self._bytes + size > settings.bytes_max:
+            segment = self._filling
+            if segment.filled + count > segment.room:
                 self._metrics.samples_dropped += count
-                return
-            self._rows += count
-            self._bytes += size
-            self._kept.append(_Kept(time(), ids, rows, feeds, predictions, status))
+            else:
+                segment.add(ids, rows, feeds, predictions, status)
 
     def _write_on(self) -> None:
         import pyarrow as pa  # noqa: F401 - here and early: its price is paid beside the requests, not before them
@@ -119,13 +150,13 @@ class Samples:
     def write(self) -> None:
         """Writes what was taken so far as one file. A failure drops the rows, counts them and is said once."""
         with self._lock:
-            kept, self._kept = self._kept, []
-            self._rows = self._bytes = 0
-        if not kept:
+            full, self._filling = self._filling, self._spare
+        self._spare = full
+        count = full.filled
+        if not count:
             return
-        count = sum(len(part.predictions) for part in kept)
         try:
-            self._write_file(kept)
+            self._write_file(full)
             self._metrics.samples += count
             self._delete_oldest()
             self._complained = False
@@ -134,11 +165,12 @@ class Samples:
             if not self._complained:
                 sys.stderr.write(f"samples are not kept: {type(exc).__name__}: {exc}\n")
                 self._complained = True
+        full.clear()
 
-    def _write_file(self, kept: list[_Kept]) -> None:
+    def _write_file(self, segment: _Segment) -> None:
         import pyarrow as pa
 
-        table = pa.table(_table(kept, self._inputs))
+        table = pa.table(_table(segment, self._inputs))
         final = self._settings.folder / f"{self._epoch}-{self._written:09d}.arrow"
         aside = final.with_suffix(".part")
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -171,30 +203,25 @@ def _columns(spec: Tensor) -> int:
     return width if width <= _WIDTH_MAX else 0
 
 
-def _table(kept: list[_Kept], inputs: Sequence[Tensor]) -> dict[str, Any]:
+def _table(segment: _Segment, inputs: Sequence[Tensor]) -> dict[str, Any]:
     import pyarrow as pa
 
-    counts = [len(part.predictions) for part in kept]
-    ids: list[str] = []
-    rows: list[Array] = []
-    for part in kept:
-        for request_id, count in zip(part.ids, part.rows, strict=True):
-            ids.extend([request_id] * count)
-            rows.append(np.arange(count, dtype=np.int32))
+    count, rows = segment.filled, np.array(segment.rows)
+    first = np.cumsum(rows) - rows  # of each id
     columns: dict[str, Any] = {
-        "request_id": pa.array(ids, pa.string()),
-        "row": pa.array(np.concatenate(rows)),
-        "time": pa.array(np.repeat([part.at for part in kept], counts)),
+        "request_id": pa.array(np.repeat(np.array(segment.ids, dtype=object), rows), pa.string()),
+        "row": pa.array((np.arange(count) - np.repeat(first, rows)).astype(np.int32)),
+        "time": pa.array(np.repeat(segment.times, segment.counts)),
     }
     for spec in inputs:
-        if any(part.feeds[spec.name].size % len(part.predictions) for part in kept):
-            continue  # a model without a row axis in this input: nothing to lay beside the predictions
-        values = np.concatenate([part.feeds[spec.name].reshape(len(part.predictions), -1) for part in kept])
+        if spec.name in segment.odd:
+            continue
+        values = segment.inputs[spec.name][:count]
         if len(spec.shape) < 2:
             columns[f"in.{spec.name}"] = pa.array(values[:, 0])
             continue
         for at, column in enumerate(np.ascontiguousarray(values.T)):
             columns[f"in.{spec.name}.{at}"] = pa.array(column)
-    columns["prediction"] = pa.array(np.concatenate([part.predictions for part in kept]))
-    columns["status"] = pa.array(np.repeat([part.status for part in kept], counts).astype(np.int16))
+    columns["prediction"] = pa.array(segment.predictions[:count])
+    columns["status"] = pa.array(np.repeat(segment.statuses, segment.counts).astype(np.int16))
     return columns

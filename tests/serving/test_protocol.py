@@ -93,6 +93,76 @@ def test_the_same_head_again_means_the_same_and_is_checked_as_before() -> None:
             codec.decode(head + wrong, len(head))
 
 
+FORMS: list[tuple[bytes, bytes]] = [
+    (b'{"inputs":[{"name":"f","datatype":"FP32","shape":[1,2],"data":', b"}]}"),
+    (b'{"inputs":[{"name":"f","data":', b',"datatype":"FP32","shape":[1,2]}],"outputs":[{"name":"score"}]}'),
+    (b'{"parameters":{"data":[7]},"inputs":[{"name":"f","datatype":"FP32","shape":[1,2],"data" : ', b" } ] }\n"),
+    (b'{"a":"\\"data\\":[1,2]","inputs":[{"name":"f","datatype":"FP32","shape":[1,2],"data":', b"}]}"),
+    (b'{"inputs":[{"name":"f","datatype":"FP32","shape":[1,2],"data":[0,0],"data":', b"}]}"),
+]
+DATA = [b"[1,2]", b"[3, 4.5]", b"[[5,6]]", b"[1e39,0]", b"[null,1]", b"[-7,8]"]
+NO_DATA = [
+    b"[1]",
+    b"[1,2,3]",
+    b"[]",
+    b"[[1],[2]]",
+    b'["1",2]',
+    b"[1,2",
+    b"[1,2]]",
+    b'[1,2],"x":[3]',
+    b"[1,2]}",
+    b"[NaN,1]",
+]
+
+
+@pytest.mark.parametrize(("before", "after"), FORMS)
+def test_the_same_words_around_other_numbers_mean_the_same_and_are_checked_as_before(
+    before: bytes, after: bytes
+) -> None:
+    """What stands around the numbers is remembered; a codec that remembers agrees with one that does not."""
+    codec = InferenceProtocol(ONE)
+    for data in (*DATA, *NO_DATA, *DATA):
+        outcomes = []
+        for one in (codec, InferenceProtocol(ONE)):
+            try:
+                call = one.decode(before + data + after)
+                outcomes.append((call.rows, call.feeds["f"].tolist(), answer(call, np.array([[1]], np.float32))))
+            except Refused as refusal:
+                outcomes.append(str(refusal))
+        assert repr(outcomes[0]) == repr(outcomes[1])
+
+
+def test_an_answer_names_the_id_whatever_came_before() -> None:
+    codec = InferenceProtocol(ONE)
+    for call_id in ("", 'a"b', "", "c"):
+        more = {"id": call_id} if call_id else {}
+        said = answer(codec.decode(oip(inputs=[given_input()], **more)), np.array([[0.1]], np.float32))
+        assert said.get("id", "") == call_id
+
+
+def test_json_and_raw_tensors_mix_in_one_answer_in_any_order() -> None:
+    inputs = [given_input("a", shape=[2]), given_input("s", "BYTES", [2], data=["x", "y"])]
+    label, p = np.array([1, 0]), np.array([[0.5, 0.25], [1, 2]], dtype=np.float32)
+    codec = InferenceProtocol(TWO)
+    for names in (["label", "p"], ["p", "label"]):
+        for raw in (set(), {"p"}, {"label"}, {"p", "label"}):
+            outputs = [{"name": name, "parameters": {"binary_data": name in raw}} for name in names]
+            reply = codec.decode(oip(id="i", inputs=inputs, outputs=outputs)).encode([label, p])
+            head = orjson.loads(reply.body[: reply.header_length])
+            assert [tensor["name"] for tensor in head["outputs"]] == names
+            rest = reply.body[reply.header_length :] if raw else b""
+            for tensor in head["outputs"]:
+                values = {"label": label, "p": p}[tensor["name"]]
+                assert tensor["shape"] == list(values.shape)
+                if tensor["name"] in raw:
+                    size = tensor["parameters"]["binary_data_size"]
+                    assert rest[:size] == values.tobytes()
+                    rest = rest[size:]
+                else:
+                    assert tensor["data"] == values.reshape(-1).tolist()
+            assert rest == b""
+
+
 def test_json_and_raw_tensors_mix_in_one_request() -> None:
     raw = b"\x02\x00\x00\x00hi"
     raw_input = {"name": "s", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(raw)}}

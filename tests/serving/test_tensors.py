@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from serving.errors import OffContract
-from serving.tensors import BY_NAME, DATATYPES, Tensor, from_bytes, from_json, to_bytes, to_json
+from serving.tensors import BY_NAME, DATATYPES, Tensor, from_bytes, from_json, from_text, to_bytes, to_json
 
 
 def spec(name: str, *shape: int | str | None, finite: bool = False) -> Tensor:
@@ -69,6 +69,40 @@ def test_what_does_not_fit_is_named(name: str, shape: list[int], data: Any, says
         from_json(spec(name), shape, data)
     assert str(refusal.value).startswith("input 'x': ")
     assert says in str(refusal.value)
+
+
+NUMBERS = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(
+    name=st.sampled_from(["FP16", "FP32", "FP64"]),
+    data=st.lists(NUMBERS | st.sampled_from([None, True, "1", [], [1], [[1.5], 2], -0.0, 1e39, 1e-320]), max_size=6),
+    more=st.sampled_from([b"", b" ", b"]", b",1", b"]]"]),
+)
+def test_numbers_read_from_text_are_those_that_the_parser_gives(name: str, data: list[Any], more: bytes) -> None:
+    """Anything else than as many plain numbers as there should be is left to it."""
+    text, shape = orjson.dumps(data, default=str) if _fits(data) else str(data).encode(), (len(data),)
+    text += more
+    values = from_text(spec(name, None), shape, text)
+    if values is not None:
+        expected = from_json(spec(name, None), shape, orjson.loads(text))
+        assert (values.dtype, values.shape) == (expected.dtype, expected.shape)
+        np.testing.assert_array_equal(values, expected)
+    elif not more.strip() and all(type(value) is float for value in data):
+        raise AssertionError("plain numbers are to be read")
+
+
+def _fits(data: list[Any]) -> bool:
+    return all(type(value) is not int or -(2**63) <= value < 2**64 for value in data)
+
+
+def test_only_flat_lists_of_the_right_length_are_read_from_text() -> None:
+    assert from_text(spec("FP32", 2), [2], b"[1, 2.5]") is not None
+    for text in (b"[1]", b"[1,2,3]", b"[[],[1,2]]", b"[[1,2]]", b"[1,null]", b"[1,true]", b"[1,2", b"3", b"{}"):
+        assert from_text(spec("FP32", 2), [2], text) is None
+    assert from_text(spec("INT64", 2), [2], b"[1,2]") is None
+    with pytest.raises(OffContract, match="finite"):
+        from_text(spec("FP32", 2, finite=True), [2], b"[1,1e39]")
 
 
 def test_null_is_nan_where_the_type_has_it_and_the_contract_allows_it() -> None:
