@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from flows.cli_approval import approve
 from flows.cli_record import audit_app, quarantine_app
 from flows.settings import Settings
 
@@ -34,6 +35,7 @@ policy_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Chec
 app.add_typer(policy_app, name="policy")
 app.add_typer(audit_app, name="audit")
 app.add_typer(quarantine_app, name="quarantine")
+app.command(epilog='Example: lockgate approve flight-delay --reason "seen by the desk" --ticket CHG-42')(approve)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 PolicyFile = Annotated[Path, typer.Argument(metavar="POLICY", help="The policy file, or the name of a ready-made one.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import sys
 from dataclasses import asdict
@@ -134,5 +133,5 @@ def lift(
     found = [each.digest for each in book.quarantines() if each.digest.startswith(digest)]
     if len(found) != 1:
         raise BadInput(f"'{digest}' names {len(found)} digests in quarantine; see: lockgate quarantine list")
-    book.lift(found[0], reason, getpass.getuser())
+    book.lift(found[0], reason, Settings().person)
     out.print(f"{found[0]} may be delivered again", markup=False)

@@ -333,6 +333,7 @@ def _begin(
         stable=stable,
         terms=terms(policy),
         reason=request.reason,
+        by=request.by,
     )
     kind, body = to_body(event)
     extra = {

@@ -26,7 +26,7 @@ from flows.story import fold, policy_of
 from flows.wiring import configure, connect
 from policies.events import Phase
 from policies.policy import Policy
-from policies.rollout import Rollout
+from policies.rollout import Rollout, due
 from tasks.deployment import undeploy
 from tasks.outcome import set_champion
 from tasks.ports import Entry, NotThere, PortError, Ports
@@ -112,7 +112,8 @@ def reconcile_with(
     jobs: list[Callable[[], None]] = []
     for name in ports.ledger.unsettled():
         entries = ports.ledger.read(name)
-        if at_once or _abandoned(entries, ports.clock.now()):
+        now = ports.clock.now()
+        if (at_once and not _only_waits(entries, now)) or _abandoned(entries, now):
             controller = Controller(ports, name, f"{who}/{uuid.uuid4().hex[:6]}", run, checks_of(entries), observe)
             jobs.append(_job(done, name, partial(_go_on, controller, entries, done)))
     all_of(jobs)
@@ -144,12 +145,22 @@ def _abandoned(entries: Sequence[Entry], now: float) -> bool:
     """Whether nobody has written for so long that nobody drives it. Taking over one that is driven does no harm."""
     state, policy = fold(entries), policy_of(entries)
     assert state is not None
+    if _only_waits(entries, now):
+        return False
     quiet = now - entries[-1].at
     rules = policy.rollout
     allowed = rules.lease + _LOOKS * rules.look_every
     if state.phase is Phase.PENDING:
         allowed += state.terms.check_s / 2  # checks take their time, and nothing is at stake meanwhile
     return not 0.0 <= quiet <= allowed
+
+
+def _only_waits(entries: Sequence[Entry], now: float) -> bool:
+    """Whether people are asked for approval before anything is live: nobody writes then, and nothing is at stake."""
+    state = fold(entries)
+    assert state is not None
+    limit = due(state)
+    return state.phase is Phase.PENDING and state.question is not None and limit is not None and now < limit
 
 
 def _go_on(controller: Controller, entries: Sequence[Entry], done: Pass) -> None:

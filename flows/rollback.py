@@ -123,8 +123,9 @@ def _begin(ports: Ports, former: Rollout, entries: list[Entry], name: str, by: s
         candidate=former.candidate,
         digest=former.digest,
         stable=route.stable if route else None,
-        terms=replace(former.terms, stops=(), watch_s=0.0, watch_shadow=0),
+        terms=replace(former.terms, stops=(), watch_s=0.0, watch_shadow=0, approvals=None),
         reason=reason,
+        by=by,
     )
     kind, body = to_body(event)
     kept = {key: entries[0].body[key] for key in ("policy", "policy_digest")}

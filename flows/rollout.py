@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from typing import Any, Protocol
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from flows.story import evidence_of, fold, policy_of
-from policies import gates, rollout
+from policies import approval, gates, rollout
 from policies.events import (
     LOOKED_AT,
     Checked,
@@ -41,7 +42,7 @@ from policies.verdict import GateReport, Verdict, worst
 from tasks.deployment import deploy, deployment, undeploy
 from tasks.evidence import Lookout
 from tasks.outcome import quarantine, set_champion, tell
-from tasks.ports import BadInput, NotThere, PortError, Ports, Refused
+from tasks.ports import BadInput, Ledger, NotThere, PortError, Ports, Refused
 from tasks.registration import fetch
 from tasks.traffic import route_for, set_traffic
 
@@ -102,8 +103,11 @@ class Controller:
                     break
             elif self.state.in_force:
                 self.run(stage, self, name=f"{self.state.label}")
-            else:
+            elif self.state.pending:
                 self._advance()
+            else:  # people are asked, and nothing is live yet
+                self._wait(self.policy.rollout.look_every)
+                self._catch_up()
         return self.state
 
     # ------------------------------------------------------------ the ledger
@@ -154,9 +158,7 @@ class Controller:
 
     def _catch_up(self) -> None:
         """Takes in what others wrote: a person's order is obeyed; another controller's claim ends this one."""
-        for entry in self.ports.ledger.read(self.rollout):
-            if entry.sequence <= self.sequence:
-                continue
+        for entry in self.ports.ledger.read(self.rollout, after=self.sequence):
             event = from_body(entry.kind, entry.body, entry.at, entry.number)
             if isinstance(event, Taken) and event.by != self.who:
                 raise Superseded(f"{event.by} has taken over rollout {self.rollout}")
@@ -218,7 +220,8 @@ class Controller:
             reports = self._outdated() or tuple(self.checks(self.state, self.policy))
             verdict = worst(report.verdict for report in reports)
             extra = {"reports": [dict(vars(report)) for report in reports]}
-            return Checked(0.0, 0, _settle(verdict), _because(verdict, reports)), {"extra": extra, "reports": reports}
+            checked = Checked(0.0, 0, _settle(verdict), _because(verdict, reports), self._shown_hash(extra))
+            return checked, {"extra": extra, "reports": reports}
         if effect.do is Do.DEPLOY:
             self._ensure_stable(effect)
             self._deploy(self.state.candidate, self.state.digest)
@@ -291,7 +294,11 @@ class Controller:
         if effect.do not in (Do.ALIAS, Do.UNDEPLOY) or not self.state.ended:
             return False
         ledger = self.ports.ledger
-        return next(iter(ledger.rollouts(self.state.model)), self.rollout) != self.rollout
+        for later in takewhile(lambda name: name != self.rollout, ledger.rollouts(self.state.model)):
+            state = fold(ledger.read(later))
+            if effect.do is Do.ALIAS or (state is not None and effect.version in (state.candidate, state.stable)):
+                return True
+        return False
 
     def _deliver(self, effect: Effect) -> None:
         ports, state = self.ports, self.state
@@ -347,9 +354,13 @@ class Controller:
             "reports": [dict(vars(report)) for report in reports],
             "evidence": asdict(evidence),
         }
-        event = Looked(0.0, 0, verdict, _because(verdict, reports))
+        event = Looked(0.0, 0, verdict, _because(verdict, reports), self._shown_hash(extra))
         if self._try_append(event, extra=extra, reports=reports, evidence=evidence):
             self.gates = known  # a look that is not on the record must not weigh in a later one that is
+
+    def _shown_hash(self, shown: Mapping[str, Any]) -> str:
+        """Binds an approval to what it was given on; only where the policy asks for any."""
+        return approval.shown_hash(shown) if self.state.terms.approvals else ""
 
     def _wait(self, seconds: float) -> None:
         if seconds > 0:
@@ -378,25 +389,33 @@ def _route_name(state: Rollout, effect: Effect) -> str:
     return f"route: v{state.candidate} {effect.weight} % live, {effect.shadow} % shadow"
 
 
-def order(ports: Ports, name: str, who: str, what: str, reason: str) -> Rollout:
+def order(ports: Ports, name: str, who: str, what: str, reason: str, by: str = "") -> Rollout:
     """A person's order, written to the rollout's ledger, where its controller finds it within one look.
 
     Raises `rollout.Illegal` where the order makes no sense, and ValueError for an unknown rollout.
     """
+    return write(ports.ledger, name, who, lambda _state: Ordered(ports.clock.now(), 0, what, reason, by))
+
+
+def write(ledger: Ledger, name: str, who: str, event_of: Callable[[Rollout], Event]) -> Rollout:
+    """Writes what somebody beside the controller has to say; the rollout's state after it.
+
+    Raises `rollout.Illegal` where it makes no sense, and ValueError for an unknown rollout.
+    """
     for _ in range(20):
-        entries = ports.ledger.read(name)
+        entries = ledger.read(name)
         state = fold(entries)
         if state is None:
             raise ValueError(f"the ledger has no rollout '{name}'")
-        event = Ordered(ports.clock.now(), 0, what, reason)
+        event = event_of(state)
         after, _ = rollout.step(state, event)
         kind, body = to_body(event)
         try:
-            ports.ledger.append(name, entries[-1].sequence + 1, event.at, who, kind, body)
+            ledger.append(name, entries[-1].sequence + 1, event.at, who, kind, body)
         except Refused:
             continue  # the controller wrote at the same moment: read again
         return after
-    raise PortError(f"could not write the order '{what}' to rollout {name}: too many writers")
+    raise PortError(f"could not write to rollout {name}: too many writers")
 
 
 def over(state: Rollout) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -51,7 +50,7 @@ def run_delivery(
         from flows.deliver import deliver
 
         with follow(out, ledger(settings), request["model"]):
-            outcome: dict[str, Any] = deliver(by=getpass.getuser(), **request)
+            outcome: dict[str, Any] = deliver(by=settings.person, **request)
             return outcome
 
     code, outcome = guarded(work, err)
@@ -70,7 +69,7 @@ def run_rollback(
         from flows.rollback import rollback
 
         with follow(out, ledger(settings), model):
-            return rollback(model, **({"reason": reason} if reason else {}), by=getpass.getuser())
+            return rollback(model, **({"reason": reason} if reason else {}), by=settings.person)
 
     code, outcome = guarded(work, err)
     if outcome is not None and out is not None:
@@ -147,7 +146,7 @@ def give_order(settings: Settings, model: str, what: str, reason: str) -> tuple[
         active = next(iter(ports.ledger.rollouts(model, active=True)), None)
         if active is None:
             return USAGE, f"no rollout of '{model}' is under way"
-        state = order(ports, active, f"{getpass.getuser()}/{os.getpid()}", what, reason)
+        state = order(ports, active, f"{settings.person}/{os.getpid()}", what, reason, settings.person)
     except Illegal as exc:
         return USAGE, f"{what} makes no sense now: {exc}"
     except PortError as exc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from pathlib import Path
 
 from pydantic import Field
@@ -30,6 +31,8 @@ class Settings(BaseSettings):
     monitor_cron: str = Field("7 * * * *", description="When `monitor` runs; it looks at the models that are due.")
     evidently_port: int | None = Field(None, ge=1, le=65535, description="Port of Evidently's UI; none by default.")
 
+    user: str | None = Field(None, description="Who you are on the record; the operating system's user by default.")
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -40,6 +43,11 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @property
+    def person(self) -> str:
+        """Who gives orders and approvals here."""
+        return self.user or getpass.getuser()
 
     @property
     def folder(self) -> Path:

@@ -73,6 +73,22 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Quorum:
+    """Who must agree before the candidate goes on: `count` of the people in `by`, none of whom asked for it.
+
+    `before` is `canary` (any live traffic) or `promote`. An approval counts for `expires_s`; the rollout waits for
+    `wait_s`, then goes back or pauses (`on_silence`).
+    """
+
+    before: str
+    by: tuple[str, ...]
+    count: int
+    expires_s: float
+    wait_s: float
+    on_silence: str
+
+
+@dataclass(frozen=True)
 class Terms:
     """What the policy says that the machine needs; kept in the first event, so that the ledger alone suffices."""
 
@@ -85,6 +101,7 @@ class Terms:
     on_exhausted: str
     check_s: float = 1800.0
     effect_s: float = 120.0
+    approvals: Quorum | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Requested(Event):
-    """Somebody wants the candidate in; `stable` is the proven version that serves now, if any."""
+    """Somebody (`by`) wants the candidate in; `stable` is the proven version that serves now, if any."""
 
     model: str
     candidate: str
@@ -105,14 +122,16 @@ class Requested(Event):
     stable: str | None
     terms: Terms
     reason: str = ""
+    by: str = ""
 
 
 @dataclass(frozen=True)
 class Checked(Event):
-    """The checks before any traffic are through."""
+    """The checks before any traffic are through. `evidence_hash`: of what people who must approve are shown."""
 
     verdict: Verdict
     says: str
+    evidence_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,10 +152,11 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Looked(Event):
-    """The gates were asked."""
+    """The gates were asked. `evidence_hash`: of what people who must approve are shown."""
 
     verdict: Verdict
     says: str
+    evidence_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,6 +170,19 @@ class Ordered(Event):
 
     order: str
     reason: str = ""
+    by: str = ""
+
+
+@dataclass(frozen=True)
+class Answered(Event):
+    """A person who was asked for approval says `approve` or `refuse`, of these bytes and of this evidence."""
+
+    by: str
+    answer: str
+    digest: str
+    evidence_hash: str
+    reason: str = ""
+    ticket: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,7 +200,8 @@ class Taken(Event):
 
 
 KINDS: Mapping[str, type[Event]] = {
-    kind.__name__.lower(): kind for kind in (Requested, Checked, Done, Failed, Looked, Ticked, Ordered, Lost, Taken)
+    kind.__name__.lower(): kind
+    for kind in (Requested, Checked, Done, Failed, Looked, Ticked, Ordered, Answered, Lost, Taken)
 }
 
 
@@ -189,7 +223,9 @@ def from_body(kind: str, body: Mapping[str, Any], at: float, number: int) -> Eve
     known = {name: value for name, value in body.items() if name in made.__dataclass_fields__}
     if made is Requested:
         stops = tuple(Stop(**{**stop, "phase": Phase(stop["phase"])}) for stop in known["terms"]["stops"])
-        known["terms"] = Terms(**{**known["terms"], "stops": stops})
+        quorum = known["terms"].get("approvals")
+        approvals = Quorum(**{**quorum, "by": tuple(quorum["by"])}) if quorum else None
+        known["terms"] = Terms(**{**known["terms"], "stops": stops, "approvals": approvals})
     if "verdict" in known:
         known["verdict"] = Verdict(known["verdict"])
     return made(at=at, number=number, **known)

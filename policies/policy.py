@@ -338,6 +338,29 @@ class Monitor(_Strict):
     )
 
 
+class Approvals(_Strict):
+    """People who must agree before the candidate goes on. The way back never asks anybody."""
+
+    before: Literal["canary", "promote"] = Field("promote", description="Before any live traffic, or before promotion.")
+    by: tuple[str, ...] = Field(min_length=1, description="Who may approve, by name; never who asked for the delivery.")
+    count: int = Field(1, ge=1, le=2, description="How many of them must approve.")
+    expires: Seconds = Field(86400.0, gt=0, description="How long an approval counts.")
+    wait: Seconds = Field(259200.0, gt=0, description="How long the rollout waits for them, watched by its gates.")
+    on_silence: Literal["rollback", "pause"] = Field("rollback", description="What happens when that time is over.")
+
+    @model_validator(mode="after")
+    def _enough(self) -> Approvals:
+        if len(set(self.by)) < self.count:
+            raise ValueError(f"{self.count} people must approve, and only {len(set(self.by))} may (`by`)")
+        return self
+
+
+class Governance(_Strict):
+    """What people decide."""
+
+    approvals: Approvals | None = None
+
+
 class Policy(_Strict):
     """One policy: the file that a delivery is judged by."""
 
@@ -349,6 +372,7 @@ class Policy(_Strict):
     benchmark: Benchmark = Benchmark()
     rollout: RolloutPolicy
     monitor: Monitor = Monitor()
+    governance: Governance = Governance()
 
     @property
     def digest(self) -> str:

@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from policies import approval
+from policies.approval import Question
 from policies.events import (
     ENDED,
     LOOKED_AT,
+    Answered,
     Checked,
     Do,
     Done,
@@ -29,6 +32,7 @@ from policies.events import (
     Lost,
     Ordered,
     Phase,
+    Quorum,
     Requested,
     Stop,
     Taken,
@@ -59,7 +63,15 @@ def terms(policy: Policy) -> Terms:
         grace_s=rules.grace,
         pause_max_s=rules.pause_max,
         on_exhausted=rules.on_exhausted,
+        approvals=_quorum(policy),
     )
+
+
+def _quorum(policy: Policy) -> Quorum | None:
+    asked = policy.governance.approvals
+    if asked is None:
+        return None
+    return Quorum(asked.before, asked.by, asked.count, asked.expires, asked.wait, asked.on_silence)
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,10 @@ class Rollout:
     reason: str = ""
     holder: str = ""  # the controller that may act
     moved_by: int = 0  # the entry that made the last move from phase to phase, or stage to stage
+    askers: tuple[str, ...] = ()  # who wants it in: they do not approve it
+    evidence_hash: str = ""  # of the last look, or of the checks
+    question: Question | None = None  # people are asked for approval
+    approved: bool = False
 
     @property
     def ended(self) -> bool:
@@ -108,11 +124,12 @@ class Rollout:
     @property
     def label(self) -> str:
         """For people: `canary 25 %`, `shadow 100 %`, `watching`."""
+        where = str(self.phase)
         if self.phase is Phase.CANARY:
-            return f"canary {self.stop.weight} %"
+            where = f"canary {self.stop.weight} %"
         if self.phase is Phase.SHADOW:
-            return f"shadow {self.stop.shadow} %"
-        return str(self.phase)
+            where = f"shadow {self.stop.shadow} %"
+        return f"{where}, waiting for approval" if self.question else where
 
 
 # How an ended rollout is told to machines: JSON, tags, exit codes.
@@ -127,9 +144,9 @@ OUTCOMES = {
 class Illegal(ValueError):
     """The event cannot happen in this state. Nothing was changed."""
 
-    def __init__(self, state: Rollout | None, event: Event) -> None:
+    def __init__(self, state: Rollout | None, event: Event, why: str = "") -> None:
         where = state.phase if state else "no rollout"
-        super().__init__(f"{type(event).__name__} is not possible in state '{where}'")
+        super().__init__(why or f"{type(event).__name__} is not possible in state '{where}'")
 
 
 def begin(event: Requested) -> Rollout:
@@ -137,7 +154,10 @@ def begin(event: Requested) -> Rollout:
     # Without a stable version there is nothing to compare with, and nothing to go back to: no stages, no watch.
     agreed = event.terms if event.stable else replace(event.terms, stops=(), watch_s=0.0, watch_shadow=0)
     state = Rollout(event.model, event.candidate, event.digest, event.stable, agreed, Phase.PENDING, since=event.at)
-    return _with(state, reason=event.reason, pending=(Effect(Do.CHECK, event.number),), moved_by=event.number)
+    return _with(
+        state, reason=event.reason, pending=(Effect(Do.CHECK, event.number),), moved_by=event.number,
+        askers=(event.by,) if event.by else (),
+    )  # fmt: skip
 
 
 def step(state: Rollout | None, event: Event) -> tuple[Rollout, tuple[Effect, ...]]:
@@ -180,16 +200,29 @@ def due(state: Rollout) -> float | None:
     if state.ended and not state.pending:
         return None
     limits = state.terms
-    if state.phase is Phase.PENDING:
+    if state.phase is Phase.PENDING and state.question is None:
         return state.since + limits.check_s
     if state.pending:
         return state.since + limits.effect_s
     if state.paused_at is not None:
         return state.paused_at + limits.pause_max_s
+    if state.question is not None:
+        return _silence_ends(state)
     exhausted = state.since + _length(state) + limits.patience_s
     if state.blind_since is not None:
         return max(exhausted, state.blind_since + limits.grace_s)
     return exhausted
+
+
+def _silence_ends(state: Rollout) -> float:
+    """How long people may take to answer. A candidate that nobody can look at does not wait for them that long."""
+    assert state.question is not None
+    assert state.terms.approvals is not None
+    ends = state.question.at + state.terms.approvals.wait_s
+    if state.blind_since is None:
+        return ends
+    graced = state.blind_since + state.terms.grace_s
+    return max(min(ends, graced + state.terms.patience_s), graced)
 
 
 def _length(state: Rollout) -> float:
@@ -201,12 +234,27 @@ def _length(state: Rollout) -> float:
 
 
 def _move(state: Rollout, event: Event, phase: Phase, **changes: Any) -> Rollout:
-    fresh: dict[str, Any] = {"pending": (), "paused_at": None, "blind_since": None, "verdict": Verdict.HOLD}
+    fresh: dict[str, Any] = {
+        "pending": (), "paused_at": None, "blind_since": None, "verdict": Verdict.HOLD, "question": None
+    }  # fmt: skip
     return _with(state, phase=phase, since=event.at, moved_by=event.number, **{**fresh, **changes})
 
 
 def _post(state: Rollout, *effects: Effect) -> tuple[Effect, ...]:
     return (*state.outbox, *effects)
+
+
+def _go_on(state: Rollout, event: Event, to: int, order: str = "") -> Rollout:
+    """On to stage `to`, or to the promotion; where people must agree first it asks them, and stays where it is."""
+    quorum, question = state.terms.approvals, state.question
+    if quorum is not None and not state.approved and approval.needed(state.terms, to):
+        if question is None or (question.to, question.ordered) != (to, bool(order)):
+            question = Question(event.number, event.at, to, state.evidence_hash, bool(order))
+            return _with(state, question=question, reason=order or state.reason, moved_by=event.number)
+        if not approval.granted(quorum, question, event.at):
+            return _on_time(state, event)
+        state = _with(state, approved=True)
+    return _promote(state, event, order) if order else _enter_stage(state, event, to)
 
 
 def _enter_stage(state: Rollout, event: Event, stage: int) -> Rollout:
@@ -286,7 +334,8 @@ def _on_checked(state: Rollout, event: Event) -> Rollout:
     if not any(effect.do is Do.CHECK for effect in state.pending):
         raise Illegal(state, event)
     if event.verdict is Verdict.PASS:
-        return _with(state, pending=(Effect(Do.DEPLOY, event.number),), moved_by=event.number)
+        pending = (Effect(Do.DEPLOY, event.number),)
+        return _with(state, pending=pending, moved_by=event.number, evidence_hash=event.evidence_hash)
     return _refuse(state, event, event.says, unfinished=event.verdict is Verdict.ERROR)
 
 
@@ -299,7 +348,7 @@ def _on_done(state: Rollout, event: Event) -> Rollout:
         raise Illegal(state, event)
     state = _with(state, pending=state.pending[1:])
     if state.phase is Phase.PENDING:
-        return _enter_stage(_with(state, deployed=True), event, 0)
+        return _go_on(_with(state, deployed=True), event, 0)
     if state.phase is Phase.PROMOTING:
         return _watch(state, event)
     if state.phase is Phase.ROLLING_BACK:
@@ -348,12 +397,14 @@ def _on_looked(state: Rollout, event: Event) -> Rollout:
         # Time in which nobody could look is no patience spent, as far as the source's grace goes.
         excused = min(max(event.at - max(state.blind_since, state.since), 0.0), state.terms.grace_s)
         state = _with(state, since=state.since + excused)
-    state = _with(state, verdict=event.verdict, blind_since=blind)
+    state = _with(state, verdict=event.verdict, blind_since=blind, evidence_hash=event.evidence_hash)
     if not state.in_force or state.paused_at is not None:
         return state
     if event.verdict is Verdict.PASS and event.at >= state.since + _length(state):
-        watched = state.phase is Phase.WATCHING
-        return _proven(state, event) if watched else _enter_stage(state, event, state.stage + 1)
+        if state.phase is Phase.WATCHING:
+            return _proven(state, event)
+        if state.question is None or not state.question.ordered:
+            return _go_on(state, event, state.stage + 1)
     return _on_time(state, event)
 
 
@@ -361,6 +412,8 @@ def _on_time(state: Rollout, event: Event) -> Rollout:
     limit = due(state)
     if limit is None or event.at < limit:
         return state
+    if state.question is not None and not state.pending and state.paused_at is None:
+        return _unanswered(state, event)
     if state.phase is Phase.PENDING or state.pending:
         return _cannot(state, event, f"not done after {event.at - state.since:.0f} s")
     if state.paused_at is not None:
@@ -371,23 +424,55 @@ def _on_time(state: Rollout, event: Event) -> Rollout:
     return _roll_back(state, event, reason, guilty=False, unfinished=state.verdict is Verdict.ERROR)
 
 
+def _unanswered(state: Rollout, event: Event) -> Rollout:
+    assert state.question is not None
+    assert state.terms.approvals is not None
+    answered = f"{len(state.question.given)} of {state.terms.approvals.count} approvals"
+    reason, then = f"{answered} in {event.at - state.question.at:.0f} s", state.terms.approvals.on_silence
+    blind = event.at < state.question.at + state.terms.approvals.wait_s
+    if blind:
+        reason, then = f"nobody could look while it waited for approval ({reason})", state.terms.on_exhausted
+    if then == "pause" and state.phase is not Phase.PENDING:
+        return _with(state, paused_at=event.at, reason=reason, moved_by=event.number)
+    return _roll_back(state, event, reason, guilty=False, unfinished=blind)
+
+
+def _on_answered(state: Rollout, event: Event) -> Rollout:
+    assert isinstance(event, Answered)
+    quorum, question, paused = state.terms.approvals, state.question, state.paused_at is not None
+    why = approval.objection(quorum, question, event, state.digest, state.askers, paused)
+    if why is not None:
+        raise Illegal(state, event, why)
+    assert question is not None
+    if event.answer == "refuse":
+        because = f": {event.reason}" if event.reason else ""
+        return _roll_back(state, event, f"refused by {event.by}{because}", guilty=False)
+    state = _with(state, question=replace(question, given=approval.with_approval(question, event.by, event.at)))
+    if state.phase is Phase.PENDING or question.ordered:
+        return _go_on(state, event, question.to, state.reason if question.ordered else "")
+    return state  # the next look that passes goes on: an approval does not stand for evidence
+
+
 def _on_ordered(state: Rollout, event: Event) -> Rollout:
     assert isinstance(event, Ordered)
     why = f"{event.order} ordered" + (f": {event.reason}" if event.reason else "")
     staged = state.phase in (Phase.SHADOW, Phase.CANARY)
     if event.order == "abort":
-        if state.phase is Phase.PENDING and not any(effect.do is Do.DEPLOY for effect in state.pending):
+        started = state.deployed or any(effect.do is Do.DEPLOY for effect in state.pending)
+        if state.phase is Phase.PENDING and not started:
             return _refuse(state, event, why)
         return _roll_back(state, event, why, guilty=False)
-    if event.order == "promote" and staged:
-        return _promote(state, event, why)
+    if event.order == "promote" and staged and not (state.question and state.question.ordered):
+        askers = (*state.askers, event.by) if event.by else state.askers
+        return _go_on(_with(state, askers=askers), event, len(state.terms.stops), why)
     if event.order == "pause" and staged and state.paused_at is None:
         return _with(state, paused_at=event.at, reason=why, moved_by=event.number)
     if event.order == "resume" and state.paused_at is not None:
         # A pause costs the stage none of its time, and whoever resumes it gives it its patience anew.
         waited = max(event.at - max(state.paused_at, state.since), 0.0)
         since = max(state.since + waited, event.at - _length(state))
-        return _with(state, paused_at=None, since=since, reason=why, moved_by=event.number)
+        question = replace(state.question, at=event.at) if state.question else None
+        return _with(state, paused_at=None, since=since, reason=why, moved_by=event.number, question=question)
     raise Illegal(state, event)
 
 
@@ -399,13 +484,14 @@ def _on_lost(state: Rollout, event: Event) -> Rollout:
 Handler = Callable[[Rollout, Event], Rollout]
 _EFFECTS: Mapping[type[Event], Handler] = {Done: _on_done, Failed: _on_failed}
 _TIMED: Mapping[type[Event], Handler] = {**_EFFECTS, Ticked: _on_time}
-_STAGED: Mapping[type[Event], Handler] = {**_TIMED, Looked: _on_looked, Ordered: _on_ordered, Lost: _on_lost}
+_WATCHED: Mapping[type[Event], Handler] = {**_TIMED, Looked: _on_looked, Ordered: _on_ordered, Lost: _on_lost}
+_STAGED: Mapping[type[Event], Handler] = {**_WATCHED, Answered: _on_answered}
 _TABLE: Mapping[Phase, Mapping[type[Event], Handler]] = {
-    Phase.PENDING: {**_TIMED, Checked: _on_checked, Ordered: _on_ordered},
+    Phase.PENDING: {**_TIMED, Checked: _on_checked, Ordered: _on_ordered, Answered: _on_answered},
     Phase.SHADOW: _STAGED,
     Phase.CANARY: _STAGED,
     Phase.PROMOTING: {**_TIMED, Ordered: _on_ordered, Lost: _on_lost},
-    Phase.WATCHING: _STAGED,
+    Phase.WATCHING: _WATCHED,
     Phase.PROMOTED: _TIMED,
     Phase.ROLLING_BACK: _TIMED,
     Phase.ROLLED_BACK: _EFFECTS,

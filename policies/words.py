@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from policies.audience import Audience
-from policies.policy import Benchmark, Gates, Monitor, Policy, RolloutPolicy, Validate
+from policies.policy import Approvals, Benchmark, Gates, Monitor, Policy, RolloutPolicy, Validate
 
 
 def duration(seconds: float) -> str:
@@ -34,6 +34,22 @@ def explain(policy: Policy) -> list[str]:
         "",
         "Once it serves:",
         *(f"  - {line}" for line in _monitor(policy.monitor)),
+        *_approvals(policy.governance.approvals),
+    ]
+
+
+def _approvals(asked: Approvals | None) -> list[str]:
+    if asked is None:
+        return []
+    before = "its promotion" if asked.before == "promote" else "any live traffic"
+    people = f"{asked.count} of {', '.join(asked.by)}" if len(asked.by) > 1 else asked.by[0]
+    then = "goes back" if asked.on_silence == "rollback" else "pauses"
+    return [
+        "",
+        "People:",
+        f"  - Before {before} {people} must approve, not who asked for it. The gates go on looking meanwhile.",
+        f"  - An approval counts for {duration(asked.expires)}.",
+        f"  - Without that for {duration(asked.wait)} the rollout {then}. Going back never waits for anybody.",
     ]
 
 

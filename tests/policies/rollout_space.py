@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
+from policies.approval import Question
 from policies.events import (
+    Answered,
     Checked,
     Do,
     Done,
@@ -25,6 +27,7 @@ from policies.events import (
     Lost,
     Ordered,
     Phase,
+    Quorum,
     Requested,
     Stop,
     Taken,
@@ -42,8 +45,14 @@ STOPS = (Stop(Phase.SHADOW, 0, 100, 1.0), Stop(Phase.CANARY, 5, 100, 1.0), Stop(
 USUAL = Terms(STOPS, 1.0, 50, 1.0, 3.0, 2.0, "rollback", check_s=1.0, effect_s=1.0)
 
 
+OLD = 1.0  # an approval of this age has expired, a question is over
+ONE = Quorum("canary", ("ann", "asker"), 1, OLD, OLD, "pause")
+TWO = Quorum("promote", ("ann", "ben", "asker"), 2, OLD, OLD, "rollback")
+HASH = "of the evidence"
+
+
 def requested(terms: Terms = USUAL, stable: str | None = "1") -> Requested:
-    return Requested(NOW, 1, "m", "2", "digest", stable, terms)
+    return Requested(NOW, 1, "m", "2", "digest", stable, terms, by="asker")
 
 
 KINDS_OF_ROLLOUT = {
@@ -52,6 +61,9 @@ KINDS_OF_ROLLOUT = {
     "without a watch": requested(replace(USUAL, watch_s=0.0, watch_shadow=0, stops=STOPS[1:2])),
     "without stages": requested(replace(USUAL, stops=())),
     "first version": requested(stable=None),
+    "approved before the canary": requested(replace(USUAL, stops=STOPS[:1], watch_s=0.0, approvals=ONE)),
+    "approved by two before promotion": requested(replace(USUAL, stops=STOPS[1:2], watch_s=0.0, approvals=TWO)),
+    "first version, approved": requested(replace(USUAL, approvals=TWO), stable=None),
 }
 
 
@@ -63,6 +75,9 @@ class Past:
     promote_ordered: bool = False
     failed_look: bool = False
     share: int = 0  # percent of the live traffic that the candidate has at most, after the last route asked for
+    asked: int = 0  # the stage that people are asked about, counted from 1 (0: nobody was asked yet)
+    agreed: tuple[tuple[str, float], ...] = ()  # who has approved since they were asked, and when
+    consented: bool = False  # enough of them had, when it went on
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,7 @@ def _explore(first: Requested) -> Space:
                 continue
             then = _past(node.past, node.state, event, after, asked)
             edges.append(Edge(node.state, node.past, event, after, asked, then))
-            found = Node(_plain(after, event.at), then)
+            found = Node(_plain(after, event.at), _plain_past(then, event.at))
             if found not in seen:
                 seen.add(found)
                 queue.append(found)
@@ -129,15 +144,25 @@ def events_in(state: Rollout) -> tuple[Event, ...]:
     """Everything that could be written next, sensible or not, at every distance in time."""
     effects = (*state.pending, *state.outbox)
     number = 1 + max([state.epoch, state.moved_by, *(effect.asked_by for effect in effects)])
-    return _events(number, (*(effect.id for effect in effects), "0:route:"))
+    return _events(number, (*(effect.id for effect in effects), "0:route:"), state.question is not None)
 
 
 @cache
-def _events(number: int, names: tuple[str, ...]) -> tuple[Event, ...]:
-    return tuple(_all_events(number, names))
+def _events(number: int, names: tuple[str, ...], asked: bool) -> tuple[Event, ...]:
+    return tuple(_all_events(number, names, asked))
 
 
-def _all_events(number: int, names: tuple[str, ...]) -> Iterator[Event]:
+def answers(at: float, number: int) -> Iterator[Answered]:
+    """Of everybody: those who may approve, who asked, who ordered, and a stranger; of the right thing and of others."""
+    for who in ("ann", "ben", "asker", "stranger"):
+        yield Answered(at, number, who, "approve", "digest", HASH)
+        yield Answered(at, number, who, "refuse", "digest", HASH)
+    yield Answered(at, number, "ann", "approve", "another digest", HASH)
+    yield Answered(at, number, "ann", "approve", "digest", "of other evidence")
+    yield Answered(at, number, "ann", "shrug", "digest", HASH)
+
+
+def _all_events(number: int, names: tuple[str, ...], asked: bool) -> Iterator[Event]:
     for distance in DISTANCES:
         at = NOW + distance
         yield Ticked(at, number)
@@ -145,14 +170,20 @@ def _all_events(number: int, names: tuple[str, ...]) -> Iterator[Event]:
         yield Taken(at, number, "another")
         yield replace(requested(), at=at, number=number)
         for verdict in Verdict:
-            yield Checked(at, number, verdict, "checked")
-            yield Looked(at, number, verdict, "looked")
+            yield Checked(at, number, verdict, "checked", HASH)
+            yield Looked(at, number, verdict, "looked", HASH)
         for order in ("promote", "abort", "pause", "resume", "dance"):
-            yield Ordered(at, number, order, "because")
+            yield Ordered(at, number, order, "because", "boss")
+        yield from answers(at, number) if asked else [Answered(at, number, "ann", "approve", "digest", HASH)]
         for name in names:
             yield Done(at, number, name)
             yield Failed(at, number, name, "broken", final=False)
             yield Failed(at, number, name, "broken", final=True)
+
+
+def _plain_past(past: Past, now: float) -> Past:
+    agreed = tuple(sorted((who, NOW - min(now - when, OLD)) for who, when in past.agreed))
+    return replace(past, agreed=agreed) if agreed != past.agreed else past
 
 
 def share_of(state: Rollout, route: Effect) -> int:
@@ -170,13 +201,31 @@ def _past(past: Past, before: Rollout | None, event: Event, after: Rollout, aske
             past = replace(past, passed=past.passed | {before.stage})
     if isinstance(event, Ordered) and event.order == "promote":
         past = replace(past, promote_ordered=True)
+    past = _asked(past, before, event, after)
     routes = [effect for effect in asked if effect.do is Do.ROUTE]
     return replace(past, share=share_of(after, routes[-1])) if routes else past
 
 
+def _asked(past: Past, before: Rollout | None, event: Event, after: Rollout) -> Past:
+    """What people were asked and have agreed to, counted anew beside the machine."""
+    quorum = after.terms.approvals
+    if quorum is None or before is None:
+        return past
+    if isinstance(event, Answered) and event.answer == "approve":
+        past = replace(past, agreed=(*((w, t) for w, t in past.agreed if w != event.by), (event.by, event.at)))
+    if before.question is not None and after.question is None:
+        alive = [who for who, when in past.agreed if event.at - when < quorum.expires_s and who in quorum.by]
+        enough = len(set(alive) - {"asker"}) >= quorum.count
+        return replace(past, agreed=(), asked=0, consented=past.consented or enough)
+    if after.question is not None and (before.question is None or after.question.number != before.question.number):
+        return replace(past, agreed=(), asked=after.question.to + 1)
+    return past
+
+
 def _plain(state: Rollout, now: float) -> Rollout:
     """The state as if it were `NOW`, entries counted anew, nothing said: equal for all that behave equally."""
-    numbers = sorted({state.epoch, state.moved_by, 0, *(e.asked_by for e in (*state.pending, *state.outbox))})
+    asked = {state.question.number} if state.question else set()
+    numbers = sorted({state.epoch, state.moved_by, 0, *asked, *(e.asked_by for e in (*state.pending, *state.outbox))})
     anew = {number: place for place, number in enumerate(numbers)}
 
     def plain(effects: tuple[Effect, ...]) -> tuple[Effect, ...]:
@@ -207,4 +256,13 @@ def _plain(state: Rollout, now: float) -> Rollout:
         verdict=Verdict.ERROR if state.verdict is Verdict.ERROR else Verdict.HOLD,
         reason="",
         holder="",
+        askers=tuple(sorted({"asker"} & set(state.askers))),  # the boss may not approve anyway
+        question=_plain_question(state.question, now, anew),
     )
+
+
+def _plain_question(asked: Question | None, now: float, anew: dict[int, int]) -> Question | None:
+    if asked is None:
+        return None
+    given = tuple(sorted((who, NOW - min(now - when, OLD)) for who, when in asked.given))
+    return replace(asked, number=anew[asked.number], at=NOW - min(now - asked.at, OLD), given=given)

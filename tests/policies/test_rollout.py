@@ -13,6 +13,7 @@ from policies.events import (
     ENDED,
     KINDS,
     LOOKED_AT,
+    Answered,
     Checked,
     Do,
     Done,
@@ -25,13 +26,26 @@ from policies.events import (
     Requested,
     Stop,
     Taken,
+    Terms,
     Ticked,
     from_body,
     to_body,
 )
 from policies.rollout import Illegal, Rollout, due, fold, step
 from policies.verdict import Verdict
-from tests.policies.rollout_space import KINDS_OF_ROLLOUT, NOW, STOPS, USUAL, Edge, Space, explore, requested, share_of
+from tests.policies.rollout_space import (
+    HASH,
+    KINDS_OF_ROLLOUT,
+    NOW,
+    STOPS,
+    TWO,
+    USUAL,
+    Edge,
+    Space,
+    explore,
+    requested,
+    share_of,
+)
 
 UPWARD = {Phase.SHADOW, Phase.CANARY, Phase.PROMOTING, Phase.WATCHING, Phase.PROMOTED}
 
@@ -75,8 +89,9 @@ def test_a_refused_event_has_changed_nothing(space: Space) -> None:
     assert space.illegal
     for state, event in space.illegal[:: max(1, len(space.illegal) // 2000)]:
         values = [getattr(state, field.name) for field in fields(state)]
-        with pytest.raises(Illegal, match=type(event).__name__):
+        with pytest.raises(Illegal) as refused:
             step(state, event)
+        assert isinstance(event, Answered) or type(event).__name__ in str(refused.value)
         assert [getattr(state, field.name) for field in fields(state)] == values
         assert hash(state) == hash(replace(state))
 
@@ -137,11 +152,11 @@ def test_nothing_is_promoted_without_a_pass_in_every_stage_or_an_order(space: Sp
 def test_without_stages_only_passed_checks_and_a_finished_deployment_promote(space: Space) -> None:
     for edge in space.edges:
         if entered(edge, Phase.PROMOTING) and not edge.before.terms.stops:
-            assert isinstance(edge.event, Done), told(edge)
+            assert isinstance(edge.event, Done) or edge.then.consented, told(edge)
             assert edge.after.deployed
         if edge.before.phase is Phase.PENDING and edge.after.pending != edge.before.pending and edge.after.pending:
             passed = isinstance(edge.event, Checked) and edge.event.verdict is Verdict.PASS
-            assert passed or isinstance(edge.event, Done | Failed | Ticked | Ordered), told(edge)
+            assert passed or isinstance(edge.event, Done | Failed | Ticked | Ordered | Answered), told(edge)
 
 
 def test_a_stage_is_left_upward_only_by_a_pass_after_its_full_length_or_by_an_order(space: Space) -> None:
@@ -153,6 +168,11 @@ def test_a_stage_is_left_upward_only_by_a_pass_after_its_full_length_or_by_an_or
         if isinstance(event, Ordered):
             assert event.order == "promote", told(edge)
             assert before.phase is not Phase.WATCHING
+            continue
+        if isinstance(event, Answered):  # a promotion that a person ordered, and others have approved
+            assert before.question is not None, told(edge)
+            assert before.question.ordered, told(edge)
+            assert edge.then.promote_ordered
             continue
         assert isinstance(event, Looked), told(edge)
         assert event.verdict is Verdict.PASS, told(edge)
@@ -199,6 +219,7 @@ def test_no_failure_ever_raises_the_candidates_share(space: Space) -> None:
             isinstance(event, Done)
             or (isinstance(event, Looked | Checked) and event.verdict is Verdict.PASS)
             or (isinstance(event, Ordered) and event.order == "promote")
+            or (isinstance(event, Answered) and event.answer == "approve" and edge.then.consented)
         )
         if not good:
             assert edge.then.share <= edge.past.share, told(edge)
@@ -313,6 +334,91 @@ def test_whoever_takes_a_rollout_over_changes_only_who_holds_it(space: Space) ->
     for edge in takers:
         assert edge.after == replace(edge.before, holder="another"), told(edge)
         assert edge.asked == ()
+
+
+# ---------------------------------------------------------------- approvals
+
+
+def test_without_enough_approvals_nothing_goes_past_what_the_policy_names(space: Space) -> None:
+    """Of people whom it names, none of whom asked, of these bytes and this evidence, none of them expired."""
+    quorum = next(iter(states(space))).terms.approvals
+    seen = 0
+    for edge in space.edges:
+        if quorum is None:
+            assert edge.after.question is None, told(edge)
+            continue
+        past_it = entered(edge, Phase.PROMOTING) or (
+            quorum.before == "canary" and 0 == edge.past.share < edge.then.share
+        )
+        if past_it:
+            seen += 1
+            assert edge.then.consented, told(edge)
+    assert seen or quorum is None
+
+
+def test_only_who_may_approves_and_only_what_was_shown(space: Space) -> None:
+    for edge in space.edges:
+        if isinstance(edge.event, Answered) and edge.event.answer == "approve":
+            assert edge.event.by in ("ann", "ben"), told(edge)
+            assert (edge.event.digest, edge.event.evidence_hash) == ("digest", HASH), told(edge)
+        elif isinstance(edge.event, Answered):
+            assert edge.event.by != "stranger", told(edge)
+
+
+def test_who_orders_the_promotion_does_not_approve_it() -> None:
+    state = asked(replace(USUAL, stops=STOPS[1:2], approvals=replace(TWO, by=("ann", "ben", "boss"))))
+    state, _ = step(state, Ordered(NOW + 1, 20, "promote", "now", "boss"))
+    assert state.question is not None
+    assert state.question.ordered
+    with pytest.raises(Illegal, match="somebody else"):
+        step(state, Answered(NOW + 1, 21, "boss", "approve", "digest", HASH))
+
+
+def test_nothing_stands_before_the_way_back_while_people_are_asked(space: Space) -> None:
+    """A failing look, a lost route, an abort and a refusal by anybody on the list take the traffic back at once."""
+    for state in states(space):
+        if state.question is None:
+            continue
+        assert state.terms.approvals is not None
+        ways: list[Event] = [Ordered(NOW, 99, "abort")]
+        ways += [Answered(NOW, 99, who, "refuse", "?", "?") for who in state.terms.approvals.by]
+        if state.phase in LOOKED_AT:
+            ways += [Looked(NOW, 99, Verdict.FAIL, "worse", HASH), Lost(NOW, 99, "the lease ran out")]
+        for event in ways:
+            after, effects = step(state, event)
+            assert after.phase is Phase.ROLLING_BACK, f"{event} in {state}"
+            assert effects[0] == after.pending[0], "the traffic comes first"
+            assert effects[0].version == state.stable
+            assert after.question is None
+
+
+def test_an_approval_alone_moves_no_traffic_where_gates_are_asked(space: Space) -> None:
+    for edge in space.edges:
+        if isinstance(edge.event, Answered) and edge.event.answer == "approve" and edge.asked:
+            question = edge.before.question
+            assert question is not None
+            assert question.ordered or edge.before.phase is Phase.PENDING, told(edge)
+
+
+def test_an_approval_that_has_expired_does_not_count() -> None:
+    state = asked(replace(USUAL, stops=STOPS[1:2], approvals=replace(TWO, wait_s=10.0)))
+    state, _ = step(state, Answered(NOW + 2, 20, "ann", "approve", "digest", HASH))
+    state, _ = step(state, Answered(NOW + 5, 21, "ben", "approve", "digest", HASH))
+    state, _ = step(state, Looked(NOW + 5, 22, Verdict.PASS, "fine", HASH))
+    assert state.phase is Phase.CANARY
+    state, _ = step(state, Answered(NOW + 5, 23, "ann", "approve", "digest", HASH))
+    state, _ = step(state, Looked(NOW + 5, 24, Verdict.PASS, "fine", HASH))
+    assert state.phase is Phase.PROMOTING
+
+
+def asked(agreed: Terms) -> Rollout:
+    """A canary that has passed, and waits for people."""
+    ready = (Checked(NOW, 2, Verdict.PASS, "fine"), Done(NOW, 3, "2:deploy:"), Done(NOW, 4, "3:route:"))
+    state = fold((requested(agreed), *ready, Looked(NOW + 1, 5, Verdict.PASS, "fine", HASH)))
+    assert state is not None
+    assert state.question is not None
+    assert state.label == "canary 5 %, waiting for approval"
+    return state
 
 
 # ---------------------------------------------------------------- ends

@@ -76,8 +76,27 @@ def _of_rollout(run: Run, book: list[Entry]) -> Iterator[str]:
     assert state is not None
     if state.phase is Phase.PROMOTED and state.terms.watch_s and len(policy.rollout.stages) not in passed:
         yield "1: promoted without a passed watch"
+    yield from _of_approvals(book)
     if run.made.silent and state.phase is Phase.PROMOTED and state.terms.stops and not ordered:
         yield "1: promoted without any traffic"
+
+
+def _of_approvals(book: list[Entry]) -> Iterator[str]:
+    """Nothing goes past what people must approve before enough of those whom the policy names have."""
+    asked = policy_of(book).governance.approvals
+    if asked is None or "back_from" in book[0].body:
+        return
+    approved: set[str] = set()
+    state: Rollout | None = None
+    for entry in book:
+        before = state
+        state, _ = step(state, from_body(entry.kind, entry.body, entry.at, entry.number))
+        if entry.kind == "answered" and entry.body["answer"] == "approve":
+            approved.add(entry.body["by"])
+        live = state.phase is Phase.PROMOTING or (asked.before == "canary" and state.phase is Phase.CANARY)
+        entered = live and before is not None and before.phase is not state.phase
+        if entered and len(approved & set(asked.by)) < asked.count:
+            yield f"{state.phase} with the approval of {sorted(approved)}, {asked.count} needed"
 
 
 def _in_reach(run: Run) -> bool:
@@ -101,7 +120,8 @@ def _of_traffic(run: Run) -> Iterator[str]:
             yield f"4: v{route.candidate} has traffic without a lease of {lease:g} s: {route}"
         if route.candidate is not None and route.weight > share:
             asked = by_number[route.epoch]
-            good = asked.kind == "done" or asked.body.get("verdict") == "pass" or asked.body.get("order") == "promote"
+            said = asked.body.get("verdict") or asked.body.get("order") or asked.body.get("answer")
+            good = asked.kind == "done" or said in ("pass", "promote", "approve")
             if not good:
                 yield f"5: {asked.kind} (entry {asked.number}) raised the share of v{route.candidate}"
         share = route.weight if route.candidate else 0

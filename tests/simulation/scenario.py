@@ -35,9 +35,15 @@ rollout:
 PORTS = ("router", "target", "registry", "telemetry", "ledger")
 
 
+_APPROVALS = """governance:
+  approvals:
+    {{before: {before}, by: [person-1, person-2, person-3], count: {count}, wait: 200s, on_silence: {silence}}}
+"""
+
+
 @cache
-def policy(stages: str, watch: str, conflict: str, exhausted: str) -> Policy:
-    return parse(_TEXT.format(stages=stages, watch=watch, conflict=conflict, exhausted=exhausted))
+def policy(stages: str, watch: str, conflict: str, exhausted: str, approvals: str = "") -> Policy:
+    return parse(_TEXT.format(stages=stages, watch=watch, conflict=conflict, exhausted=exhausted) + approvals)
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,15 @@ class Scenario:
 def scenario(seed: int) -> Scenario:
     """The seed's scenario. Equal for equal seeds, on any machine."""
     chance = random.Random(seed)
-    chosen = policy(
+    rules = (
         chance.choice(_STAGES),
         chance.choice(_WATCHES),
         chance.choice(("queue", "supersede", "reject")),
         chance.choice(("rollback", "rollback", "pause")),
     )
     calm = chance.random() < 0.15
+    people = random.Random(seed + 1_000_003)  # of its own: seeds without approvals are what they were
+    chosen = policy(*rules, "" if calm or people.random() < 0.8 else _asks(people))
     versions = [str(number) for number in range(2, 2 + chance.choice((1, 1, 2, 2, 3)))]
     bad = chance.random() < 0.3
     made = Scenario(
@@ -112,7 +120,16 @@ def scenario(seed: int) -> Scenario:
     if chance.random() < 0.25:
         made.asked.append(Asked(chance.uniform(1.0, 150.0), "rollback"))
     _weather(made, chance)
+    if chosen.governance.approvals:
+        for _ in range(people.randint(0, 8)):
+            what = people.choice(("approve", "approve", "approve", "approve", "refuse"))
+            made.asked.append(Asked(people.uniform(10.0, 250.0), what, people.choice(("1", "2", "3", "4"))))
     return made
+
+
+def _asks(people: random.Random) -> str:
+    which = {"before": ("canary", "promote"), "count": (1, 2), "silence": ("rollback", "pause")}
+    return _APPROVALS.format(**{name: people.choice(values) for name, values in which.items()})
 
 
 def _weather(made: Scenario, chance: random.Random) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flows import approval
 from flows.deliver import Delivery, _refuse_pointless, start, to_the_end
 from flows.reconcile import reconcile_with
 from flows.rollback import take_back
@@ -181,7 +182,8 @@ class Run:
         while self.clock.monotonic < calm + SETTLED_AFTER_S and not self.at_rest():
             self.actors.run(self.clock.monotonic + _STEP_S)
             self.clock.pass_to(self.clock.monotonic + 1e-3)
-        self.actors.run(self.clock.monotonic + 6 * made.every)  # what is left over is mended by the next pass
+        # What is left over is mended by the next pass; the end is not in the middle of one.
+        self.actors.run(self.clock.monotonic + 6.5 * made.every)
         self.rested = self.at_rest()
         self.actors.end()
         self.errors += [f"{a.name}: {a.error!r}" for a in self.actors.all if a.error is not None]
@@ -205,6 +207,8 @@ class Run:
                     self._deliver(asked, number)
                 elif asked.what == "rollback":
                     take_back(self.ports, MODEL, "the call centre", f"person-{number}", self._observe, directly)
+                elif asked.what in ("approve", "refuse"):
+                    self._answer(asked)
                 else:
                     self._order(asked, number)
             except PortError as exc:
@@ -232,6 +236,14 @@ class Run:
         try:
             if active:
                 order(self.ports, active[0], f"person-{number}", asked.what, "because")
+        except Illegal as exc:
+            self._say(f"{asked.what}: {exc}")
+
+    def _answer(self, asked: Asked) -> None:
+        try:
+            question = approval.asked(self.ports.ledger, MODEL)
+            self.clock.sleep(self.chance.uniform(0.0, 5.0))  # it may be another question by now
+            approval.answer(self.ports.ledger, self.clock, question, f"person-{asked.version}", asked.what, "seen")
         except Illegal as exc:
             self._say(f"{asked.what}: {exc}")
 

@@ -1,0 +1,120 @@
+"""Approvals: what people are asked, shown so that they know what they say yes to, and their answers on the ledger.
+
+All of it needs the ledger alone. Who answers is who says so: the command line's identity is as good as the machine's
+log-in, and open-source Prefect knows no people at all, so that a name given in its form is as good as the access to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from flows.rollout import write
+from flows.story import evidence_of, fold, reports_in, weights
+from policies.approval import Question, shown_hash
+from policies.events import Answered
+from policies.evidence import Counts
+from policies.rollout import Rollout, due
+from tasks.ports import Clock, Entry, Ledger, NotThere, PortError
+
+
+def asked(ledger: Ledger, model: str) -> dict[str, Any]:
+    """What people are asked about the model's rollout under way; JSON-able. Raises NotThere if nobody is asked."""
+    for name in ledger.rollouts(model, active=True):
+        entries = ledger.read(name)
+        state = fold(entries)
+        if state is not None and state.question is not None:
+            return shown(entries, state, state.question)
+    raise NotThere(f"no rollout of '{model}' waits for approval")
+
+
+def shown(entries: list[Entry], state: Rollout, question: Question) -> dict[str, Any]:
+    """The question, with the evidence that it is asked on. Raises PortError if the ledger's evidence is not that."""
+    quorum = state.terms.approvals
+    assert quorum is not None
+    said = [entry for entry in reversed(entries) if "reports" in entry.body]
+    looked = next((entry for entry in said if entry.body.get("evidence_hash") == question.evidence_hash), None)
+    if looked is None or shown_hash(looked.body) != question.evidence_hash:
+        raise PortError(f"the ledger does not hold the evidence {question.evidence_hash[:12]} of {entries[0].rollout}")
+    evidence, ends = evidence_of(looked), due(state)
+    weight, shadow = weights(state)
+    stops = state.terms.stops
+    to = "promotion" if question.to >= len(stops) else f"{stops[question.to].phase} {stops[question.to].weight} %"
+    return {
+        "rollout": entries[0].rollout,
+        "model": state.model,
+        "version": state.candidate,
+        "baseline": state.stable,
+        "digest": state.digest,
+        "evidence_hash": question.evidence_hash,
+        "question": question.number,
+        "to": to,
+        "now": state.label,
+        "traffic": {"candidate": weight, "copies": shadow},
+        "ordered": question.ordered,
+        "why": state.reason if question.ordered else looked.body["says"],
+        "seen": looked.at,
+        "reports": [asdict(report) for report in reports_in(looked.body)],
+        "counts": {
+            name: {"requests": arm.requests, "errors": arm.errors}
+            for name, arm in (("stable", evidence.stable), ("candidate", evidence.candidate))
+            if isinstance(arm, Counts)
+        }
+        if evidence is not None
+        else {},
+        "by": list(quorum.by),
+        "not_by": list(state.askers),
+        "count": quorum.count,
+        "given": [who for who, _ in question.given],
+        "until": ends,
+        "otherwise": quorum.on_silence,
+    }
+
+
+def lines(question: dict[str, Any]) -> list[str]:
+    """The question as text."""
+    now = f"now: {question['now']}; v{question['baseline'] or '-'} is the baseline"
+    told = [
+        f"{question['model']} v{question['version']} asks for: {question['to']} ({now})",
+        f"  bytes     {question['digest']}",
+        f"  evidence  {question['evidence_hash']}  ({_clock(question['seen'])})",
+        f"  approvals {len(question['given'])} of {question['count']}, of {', '.join(question['by'])}"
+        + (f"; given by {', '.join(question['given'])}" if question["given"] else ""),
+    ]
+    if question["not_by"]:
+        told.append(f"  asked for by {', '.join(question['not_by'])}, who cannot approve it")
+    if question["until"]:
+        told.append(f"  until     {_clock(question['until'])}; without an answer: {question['otherwise']}")
+    if question["ordered"]:
+        told.append(f"  it does not wait for the gates: {question['why']}")
+    for name, arm in question["counts"].items():
+        told.append(f"  {name:<9} {arm['requests']:,} requests, {arm['errors']:,} errors")
+    told += [f"  {report['verdict']:<5} {report['gate']}: {report['says']}" for report in question["reports"]]
+    return told
+
+
+def _clock(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(" ", "seconds").removesuffix("+00:00") + " UTC"
+
+
+def answer(
+    ledger: Ledger,
+    clock: Clock,
+    question: dict[str, Any],
+    by: str,
+    answered: str,
+    reason: str,
+    ticket: str = "",
+    via: str = "",
+) -> Rollout:
+    """The answer to the question as it was shown, on the ledger; the rollout's state then.
+
+    Raises `rollout.Illegal`, whose message says why it cannot be taken.
+    """
+
+    def event(_state: Rollout) -> Answered:
+        seen = (question["digest"], question["evidence_hash"])
+        return Answered(clock.now(), 0, by, answered, *seen, reason=reason, ticket=ticket)
+
+    return write(ledger, question["rollout"], f"{by}{f' ({via})' if via else ''}", event)

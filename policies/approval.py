@@ -1,0 +1,85 @@
+"""What people are asked before a candidate goes on, and which of their answers count. A refusal always does.
+
+An approval is of these bytes and of the evidence that was shown, by somebody whom the policy names and who did not
+ask for the delivery (nor order the promotion); it expires. None of this is ever asked on the way back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from policies import audit
+from policies.events import Answered, Quorum, Terms
+
+
+@dataclass(frozen=True)
+class Question:
+    """People are asked whether the candidate may go on to stage `to` (the number of stages: promotion).
+
+    `number` is the entry that asked, `at` when it did; `ordered`: a person ordered the promotion, so that it does not
+    wait for the gates. `given`: who has approved, and when.
+    """
+
+    number: int
+    at: float
+    to: int
+    evidence_hash: str
+    ordered: bool
+    given: tuple[tuple[str, float], ...] = ()
+
+
+def shown_hash(shown: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of what is shown to those who approve: a ledger entry's reports, evidence and stage."""
+    body = {name: shown[name] for name in ("evidence", "reports", "stage") if name in shown}
+    return hashlib.sha256(audit.canonical(audit.written(body)[1]).encode()).hexdigest()
+
+
+def needed(terms: Terms, to: int) -> bool:
+    """Whether people must agree before stage `to`: before the first live request, or before the promotion."""
+    if terms.approvals is None:
+        return False
+    promotion = to >= len(terms.stops)
+    return promotion or (terms.approvals.before == "canary" and terms.stops[to].weight > 0)
+
+
+def granted(quorum: Quorum, question: Question, at: float) -> bool:
+    """Whether enough people have approved, and their approvals have not expired."""
+    return len({who for who, when in question.given if at < when + quorum.expires_s}) >= quorum.count
+
+
+def with_approval(question: Question, by: str, at: float) -> tuple[tuple[str, float], ...]:
+    """Who has approved, with one more; a second approval of the same person renews the first."""
+    return (*((who, when) for who, when in question.given if who != by), (by, at))
+
+
+def objection(
+    quorum: Quorum | None,
+    question: Question | None,
+    answer: Answered,
+    digest: str,
+    askers: tuple[str, ...],
+    paused: bool,
+) -> str | None:
+    """Why the answer cannot be taken, as a sentence; None if it can. A refusal needs nothing but a name on the list."""
+    if quorum is None or question is None:
+        return "nobody is asked for approval now"
+    if answer.by not in quorum.by:
+        return f"the policy does not name '{answer.by}' among those who approve: {', '.join(quorum.by)}"
+    if answer.answer == "refuse":
+        return None
+    if answer.answer != "approve":
+        return f"'{answer.answer}' is no answer; say approve or refuse"
+    if answer.by in askers:
+        return f"'{answer.by}' asked for this rollout, and somebody else has to approve it"
+    if answer.digest != digest:
+        return f"the approval is of other bytes ({answer.digest[:12]}, not {digest[:12]})"
+    if answer.evidence_hash != question.evidence_hash:
+        return f"the approval is of other evidence ({answer.evidence_hash[:12]}, not {question.evidence_hash[:12]})"
+    if paused:
+        return "the rollout is paused; resume it first"
+    if answer.at >= question.at + quorum.wait_s:
+        return "the time to approve is over"
+    return None
