@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint simulate install lock clean
+.PHONY: help demo test unit lint simulate deaths install lock clean
 
 help: ## this text
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -27,7 +27,10 @@ unit: install ## the tests, real servers and the demo among them
 simulate: install ## the simulation, a million rollouts (ARGS="--rollouts N --seed S" for others)
 	$(BIN)/python -m tests.simulation.run $(or $(ARGS),--rollouts 1000000)
 
-bench-%: install ## bench-gates, bench-ledger, bench-gateway, bench-serving: tables, and JSON in build/benchmarks
+deaths: install ## kill -9 of each process at each step of a rollout, on a real platform (ARGS="--victims flow")
+	$(BIN)/python -m tests.e2e.deaths $(ARGS)
+
+bench-%: install ## bench-gates, bench-ledger, bench-gateway, bench-rollback, bench-serving: tables, and JSON in build/benchmarks
 	$(BIN)/python -m tests.benchmarks.bench_$* $(ARGS)
 
 install: .venv/installed ## the virtual environment, from requirements.lock

@@ -29,6 +29,7 @@ from tasks.registration import register
 from tasks.report import publish_report
 
 _POLL_S = 1.0
+_POLL_MAX_S = 5.0
 _SILENCE_S = 3600.0
 BEGIN_S = 30.0  # a claim whose rollout has not begun after this long belongs to a process that died
 
@@ -72,7 +73,28 @@ class Outcome:
 
 def whoami() -> str:
     """This controller's name in the ledger: no other process has it."""
-    return f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
+    return f"{_where()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
+
+
+def is_dead(who: str) -> bool:
+    """Whether the controller was a process of this machine that has ended. Of others, nobody here can tell."""
+    where, _, rest = who.partition("/")
+    pid = rest.split("/")[0]
+    if where != _where() or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is there, and somebody else's
+        return False
+    return False
+
+
+def _where() -> str:
+    """The machine, and the space of process numbers on it: two containers may bear one name."""
+    space = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}:{space.stat().st_ino if space.exists() else ''}"
 
 
 def in_prefect(task: Any, *args: Any, name: str = "") -> Any:
@@ -147,7 +169,8 @@ def deliver_with(ports: Ports, request: Delivery, observers: list[Observer]) -> 
     policy = parse(request.policy, "policy")
     if policy.model not in (None, request.model):
         raise BadInput(f"policy '{policy.name}' is for model '{policy.model}', not '{request.model}'")
-    ports.telemetry.warm()
+    if policy.rollout.gates.drift is not None:
+        ports.telemetry.warm()
     preparation = prepare(ports, policy, request_submission(request), Path(request.policy_folder))
     version = in_prefect(register, ports.registry, preparation.submission, name=f"register {request.model}")
     _refuse_pointless(ports, version)
@@ -289,22 +312,67 @@ def _refuse_pointless(ports: Ports, version: ModelVersion) -> None:
 
 
 def _claim(ports: Ports, policy: Policy, version: ModelVersion, request: Delivery, name: str) -> str | None:
-    """Makes this the model's active rollout, as the policy's `on_conflict` says; a sentence if it is turned away."""
+    """Makes this the model's active rollout, as the policy's `on_conflict` says; a sentence if it is turned away.
+
+    Raises PortError when the ledger could not be asked for `BEGIN_S`.
+    """
     told: set[str] = set()
     seen: dict[str, float] = {}
+    asked = began = ports.clock.now()
+    while True:
+        try:
+            turned_away = _wait_turn(ports, policy, version, request, name, told, seen)
+        except PortError:
+            if ports.clock.now() - asked > BEGIN_S:
+                raise
+        else:
+            asked = ports.clock.now()
+            if turned_away is not None:
+                break
+        # Who has waited long asks less often: many may wait.
+        ports.clock.sleep(min(_POLL_S + (ports.clock.now() - began) / 10, _POLL_MAX_S))
+    if turned_away or not told:
+        return turned_away or None
+    newest = next(iter(ports.ledger.rollouts(version.model)), None)
+    state = fold(ports.ledger.read(newest)) if newest else None
+    if state is not None and _newer(state, version):  # it came, and went, while this one waited for an older one to end
+        ports.ledger.release(version.model, request.target, name)
+        return f"the newer v{state.candidate} has come meanwhile, and the policy says on_conflict: supersede"
+    return None
+
+
+def _wait_turn(
+    ports: Ports,
+    policy: Policy,
+    version: ModelVersion,
+    request: Delivery,
+    name: str,
+    told: set[str],
+    seen: dict[str, float],
+) -> str | None:
+    """Nothing if it has to wait on, an empty sentence if it is the active rollout now, else why it is turned away."""
+    rule = policy.rollout.on_conflict
     while (other := ports.ledger.claim(version.model, request.target, name)) != name:
         state = fold(ports.ledger.read(other))
         waited = ports.clock.now() - seen.setdefault(other, ports.clock.now())
         if (state is None and waited > BEGIN_S) or (state is not None and over(state)):
             ports.ledger.release(version.model, request.target, other)  # its controller died before it could
             continue
-        if state is not None and policy.rollout.on_conflict == "reject":
+        if state is not None and rule == "reject":
             return f"rollout {other} is under way, and the policy says on_conflict: reject"
-        if state is not None and policy.rollout.on_conflict == "supersede" and other not in told:
+        if state is not None and rule == "supersede" and _newer(state, version):
+            return f"rollout {other} of the newer v{state.candidate} is under way"
+        if state is not None and rule == "supersede" and other not in told:
             abort(ports, other, whoami(), f"superseded by v{version.version}")
             told.add(other)
-        ports.clock.sleep(_POLL_S)
-    return None
+        return None
+    return ""
+
+
+def _newer(state: Rollout, version: ModelVersion) -> bool:
+    """Whether the rollout is of a later version: what was handed in later is not superseded by what came before."""
+    numbers = state.candidate, version.version
+    return all(number.isdecimal() for number in numbers) and int(numbers[0]) > int(numbers[1])
 
 
 def _baseline(ports: Ports, policy: Policy, version: ModelVersion) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from prefect import flow
 
 from flows.checks import Preparation, run_checks
-from flows.deliver import BEGIN_S, Delivery, in_prefect, request_submission, whoami
+from flows.deliver import BEGIN_S, Delivery, in_prefect, is_dead, request_submission, whoami
 from flows.rollback import proven_before
 from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abort, over
 from flows.story import fold, policy_of
@@ -142,15 +142,20 @@ def _job(done: Pass, what: str, work: Callable[[], None]) -> Callable[[], None]:
 
 
 def _abandoned(entries: Sequence[Entry], now: float) -> bool:
-    """Whether nobody has written for so long that nobody drives it. Taking over one that is driven does no harm."""
+    """Whether its controller is known to be dead, or nobody has written for so long that nobody drives it.
+
+    Taking over one that is driven does no harm.
+    """
     state, policy = fold(entries), policy_of(entries)
     assert state is not None
+    if is_dead(state.holder):
+        return True
     if _only_waits(entries, now):
         return False
     quiet = now - entries[-1].at
     rules = policy.rollout
     allowed = rules.lease + _LOOKS * rules.look_every
-    if state.phase is Phase.PENDING:
+    if state.phase is Phase.PENDING and state.holder:
         allowed += state.terms.check_s / 2  # checks take their time, and nothing is at stake meanwhile
     return not 0.0 <= quiet <= allowed
 

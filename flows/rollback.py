@@ -77,7 +77,9 @@ def _claim(ports: Ports, model: str, name: str, observer: Any, run: Runner) -> s
         if state is not None and not state.ended:
             return holder
         if state is not None and not over(state):  # ended, but its controller died before the traffic was set
-            state = Controller(ports, holder, whoami(), run, proven_before, observer).drive()
+            state = to_the_end(
+                ports, holder, "local", Controller(ports, holder, whoami(), run, proven_before, observer).drive
+            )
         if (state is not None and over(state)) or ports.clock.now() >= limit:
             ports.ledger.release(model, "local", holder)
         else:

@@ -42,7 +42,7 @@ from policies.verdict import GateReport, Verdict, worst
 from tasks.deployment import deploy, deployment, undeploy
 from tasks.evidence import Lookout
 from tasks.outcome import quarantine, set_champion, tell
-from tasks.ports import BadInput, Ledger, NotThere, PortError, Ports, Refused
+from tasks.ports import BadInput, Entry, Ledger, NotThere, PortError, Ports, Refused
 from tasks.registration import fetch
 from tasks.traffic import route_for, set_traffic
 
@@ -122,9 +122,7 @@ class Controller:
         self.policy = policy_of(entries)
         self.gates = gates.begin(self.policy)
         for entry in entries:
-            evidence = evidence_of(entry)
-            if evidence is not None:
-                self.gates, _ = gates.look(self.policy, int(entry.body["stage"]), self.gates, evidence)
+            self._learn(entry)
         self.lookout = Lookout(self.ports.telemetry, self.policy)
         self.tries = 0
         self.outbox_at: dict[str, tuple[int, float]] = {}
@@ -164,7 +162,14 @@ class Controller:
                 raise Superseded(f"{event.by} has taken over rollout {self.rollout}")
             self.state, _ = rollout.step(self.state, event)
             self.sequence = entry.sequence
+            self._learn(entry)
             self.observe(Progress(self.rollout, self.state, event))
+
+    def _learn(self, entry: Entry) -> None:
+        """What a look on the record has shown weighs in all later ones, whoever looked."""
+        evidence = evidence_of(entry)
+        if evidence is not None:
+            self.gates, _ = gates.look(self.policy, int(entry.body["stage"]), self.gates, evidence)
 
     def _try_append(self, event: Event, **extra: Any) -> bool:
         """As `_append`, for an event that somebody else's order may have overtaken: then the order stands."""

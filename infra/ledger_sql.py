@@ -193,12 +193,15 @@ class SqlLedger:
 
     def claim(self, model: str, target: str, rollout: str) -> str:
         table = schema.claims
+        wanted = sa.select(table.c.rollout).where(table.c.model == model, table.c.target == target)
+        with self._read() as connection:  # those who wait ask again and again, and must not keep others from writing
+            holder = connection.execute(wanted).scalar()
+        if holder is not None:
+            return str(holder)
         for _ in range(_TRIES):
             with self._write() as connection:
                 connection.execute(self._unless_there(table, model=model, target=target, rollout=rollout))
-                holder = connection.execute(
-                    sa.select(table.c.rollout).where(table.c.model == model, table.c.target == target)
-                ).scalar()
+                holder = connection.execute(wanted).scalar()
             if holder is not None:  # else it was released between the two statements: try again
                 return str(holder)
         raise PortError(f"{self._where}: the claim on {model} at {target} changes hands too fast")

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,123 +13,27 @@ import httpx
 import pytest
 
 from flows.story import fold
-from infra.ledger_sql import SqlLedger
 from tests.e2e import toy
+from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-
-
-@dataclass
-class Run:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@dataclass
-class Platform:
-    """A local platform of the tests' own, used through the command line only."""
-
-    home: Path
-    ports: dict[str, int]
-    files: Path
-    env: dict[str, str] = field(default_factory=dict)
-
-    def lockgate(self, *arguments: object, **env: str) -> Run:
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, **self.env, **env},
-            check=False,
-        )
-        return Run(done.returncode, done.stdout, done.stderr)
-
-    def deliver(self, folder: Path, *more: object, policy: Path | None = None, **env: str) -> Run:
-        files = ("--file", folder / "model.onnx", "--validation", folder / "validation.csv")
-        policy = policy or self.files / "toy.yaml"
-        return self.lockgate("deliver", "toy", *files, "--policy", policy, "--json", *more, **env)
-
-    def versions(self) -> int:
-        """How many versions the registry has."""
-        url = f"http://127.0.0.1:{self.ports['MLFLOW']}/api/2.0/mlflow/model-versions/search"
-        return len(httpx.get(url, params={"filter": "name='toy'"}).json().get("model_versions", []))
-
-    def predict(self) -> httpx.Response:
-        url = f"http://127.0.0.1:{self.ports['GATEWAY']}/v2/models/toy/infer"
-        return httpx.post(url, json={"inputs": [toy.REQUEST]}, timeout=10)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     files = tmp_path_factory.mktemp("files")
-    home = tmp_path_factory.mktemp("home")
-    ports = {name: free_port() for name in ("PREFECT", "MLFLOW", "GATEWAY")}
     (files / "toy.yaml").write_text(toy.POLICY)
-    env = {f"LOCKGATE_{name}_PORT": str(port) for name, port in ports.items()} | {"LOCKGATE_HOME": str(home)}
-    made = Platform(home, ports, files, env)
-    up = made.lockgate("up", "--detach")
-    assert up.code == 0, up.err + up.out
-    yield made
-    assert made.lockgate("down").code == 0
-    left = [line for line in processes() if str(home) in line]
-    assert not left, "nothing may be left behind"
+    with running_platform(tmp_path_factory.mktemp("home"), files) as made:
+        yield made
 
 
-def processes() -> list[str]:
-    import psutil
-
-    found = []
-    for process in psutil.process_iter():
-        try:
-            found.append(" ".join(process.cmdline()))
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
+def predict(platform: Platform) -> httpx.Response:
+    url = f"http://127.0.0.1:{platform.ports['GATEWAY']}/v2/models/toy/infer"
+    return httpx.post(url, json={"inputs": [toy.REQUEST]}, timeout=10)
 
 
-class Traffic:
-    """Steady requests in a thread; counts what failed."""
-
-    def __init__(self, platform: Platform) -> None:
-        self.platform = platform
-        self.requests, self.failed = 0, 0
-        self.served: set[str] = set()
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(3)]
-
-    def __enter__(self) -> Traffic:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(10)
-
-    def _work(self) -> None:
-        url = f"http://127.0.0.1:{self.platform.ports['GATEWAY']}/v2/models/toy/infer"
-        with httpx.Client(timeout=10) as client:
-            while not self._stop.is_set():
-                answer = client.post(url, json={"inputs": [toy.REQUEST]})
-                self.requests += 1
-                self.failed += answer.status_code != 200
-                self.served.add(answer.headers.get("x-lockgate-version", ""))
-                time.sleep(0.02)
+def clients(platform: Platform) -> Clients:
+    return Clients(platform.ports["GATEWAY"], "toy", toy.REQUEST)
 
 
 @pytest.fixture(scope="module")
@@ -148,21 +47,21 @@ def first(platform: Platform) -> Path:
 
 
 def test_a_first_version_serves_through_the_gateway_and_is_the_champion(platform: Platform, first: Path) -> None:
-    assert platform.predict().status_code == 200
+    assert predict(platform).status_code == 200
     seen = platform.lockgate("status", "--json").json["models"]
     assert [(each["model"], each["champion"], each["traffic"]) for each in seen] == [("toy", "1", "v1 100 %")]
 
 
 def test_a_second_version_climbs_under_live_traffic_without_a_failed_request(platform: Platform, first: Path) -> None:
     folder = toy.make(platform.files / "v2", seed=2)
-    with Traffic(platform) as traffic:
+    with clients(platform) as traffic:
         run = platform.deliver(folder, "--expected", folder / "expected.csv", "--reason", "the second")
     assert run.code == 0, run.err + run.out
     assert run.json["version"] == "2"
     assert run.json["candidate_requests"] > 0
-    assert (traffic.failed, traffic.served) == (0, {"1", "2"})
-    assert traffic.requests > 100
-    assert platform.predict().headers["x-lockgate-version"] == "2"
+    assert (traffic.failed(), traffic.served()) == ([], {"1", "2"})
+    assert len(traffic.answers) > 100
+    assert predict(platform).headers["x-lockgate-version"] == "2"
 
 
 def test_prefect_shows_the_run_its_progress_and_the_gates(platform: Platform, first: Path) -> None:
@@ -187,7 +86,7 @@ def test_the_report_is_kept_with_the_versions_run(platform: Platform, first: Pat
 def test_rollback_brings_the_former_version_back(platform: Platform, first: Path) -> None:
     run = platform.lockgate("rollback", "toy", "--reason", "complaints", "--json")
     assert run.code == 0, run.err + run.out
-    assert platform.predict().headers["x-lockgate-version"] == "1"
+    assert predict(platform).headers["x-lockgate-version"] == "1"
     seen = platform.lockgate("status", "--json").json["models"][0]
     assert (seen["champion"], seen["traffic"]) == ("1", "v1 100 %")
 
@@ -273,7 +172,7 @@ def test_a_delivery_whose_process_is_killed_in_mid_canary_ends_all_the_same(plat
     folder = toy.make(platform.files / "v7", seed=7)
     files = ("--file", folder / "model.onnx", "--validation", folder / "validation.csv")
     command = [sys.executable, "-m", "flows.cli", "deliver", "toy", *files, "--policy", platform.files / "toy.yaml"]
-    with Traffic(platform) as traffic:
+    with clients(platform) as traffic:
         process = subprocess.Popen(
             [str(word) for word in command],
             env={**os.environ, **platform.env},
@@ -284,8 +183,8 @@ def test_a_delivery_whose_process_is_killed_in_mid_canary_ends_all_the_same(plat
         process.kill()
         process.wait(30)
         wait_until(lambda: state_of(platform) in ("promoted", "rolled back"), 120)
-    assert traffic.failed == 0
-    serving = platform.predict().headers["x-lockgate-version"]
+    assert traffic.failed() == []
+    serving = predict(platform).headers["x-lockgate-version"]
     seen = platform.lockgate("status", "--json").json["models"][0]
     assert seen["traffic"] == f"v{serving} 100 %"
     assert seen["champion"] == serving
@@ -295,16 +194,9 @@ def test_a_delivery_whose_process_is_killed_in_mid_canary_ends_all_the_same(plat
 
 def state_of(platform: Platform) -> str:
     """Where the newest rollout stands, from the ledger: a command would take longer than a stage."""
-    ledger = SqlLedger(f"sqlite:///{platform.home / 'ledger.db'}")
+    ledger = platform.ledger()
     try:
         state = fold(ledger.read(ledger.rollouts("toy")[0]))
     finally:
         ledger.close()
     return state.label if state else ""
-
-
-def wait_until(holds: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.2)

@@ -14,7 +14,7 @@ import pytest
 
 from infra.ledger_sql import SqlLedger
 from tests.e2e import toy
-from tests.e2e.test_deliver import Platform, free_port, processes, wait_until
+from tests.e2e.running_platform import Platform, free_port, processes, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
 PERIOD_S = 30.0

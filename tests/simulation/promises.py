@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 from flows.story import evidence_of, fold, policy_of
 from policies import audit, gates
 from policies.events import LOOKED_AT, Phase, from_body
+from policies.evidence import Counts
 from policies.rollout import Rollout, step
 from policies.verdict import Verdict, worst
 from tasks.ports import Entry
@@ -43,6 +46,7 @@ def _of_rollout(run: Run, book: list[Entry]) -> Iterator[str]:
     passed: set[int] = set()
     ordered = False
     done: set[str] = set()
+    requests = Seen()
     seen_failing: float | None = None
     for entry in book:
         before = state
@@ -54,11 +58,11 @@ def _of_rollout(run: Run, book: list[Entry]) -> Iterator[str]:
             verdict = worst(report.verdict for report in reports)
             if verdict is not Verdict(entry.body["verdict"]):
                 yield f"8: entry {entry.sequence} says {entry.body['verdict']}, recomputed it is {verdict}"
+            requests.add(evidence.candidate)
             if verdict is Verdict.PASS:
                 passed.add(stage)
-                enough = evidence.candidate is not None and evidence.candidate.requests >= gates.REQUESTS_MIN
-                if not enough:
-                    yield f"1: entry {entry.sequence} passes on {evidence.candidate}"
+                if evidence.candidate is None or requests.total < gates.REQUESTS_MIN:
+                    yield f"1: entry {entry.sequence} passes on {evidence.candidate}, {requests.total} requests in all"
         ordered = ordered or entry.body.get("order") == "promote"
         if entry.kind == "done":
             if entry.body["effect"] in done:
@@ -97,6 +101,19 @@ def _of_approvals(book: list[Entry]) -> Iterator[str]:
         entered = live and before is not None and before.phase is not state.phase
         if entered and len(approved & set(asked.by)) < asked.count:
             yield f"{state.phase} with the approval of {sorted(approved)}, {asked.count} needed"
+
+
+@dataclass
+class Seen:
+    """How many requests a rollout's looks have seen in all: each of its controllers counts from zero."""
+
+    last: float = 0.0
+    total: float = 0.0
+
+    def add(self, counts: Counts | None) -> None:
+        if counts is not None and math.isfinite(counts.requests) and counts.requests >= 0:
+            self.total += counts.requests - self.last if counts.requests >= self.last else counts.requests
+            self.last = counts.requests
 
 
 def _in_reach(run: Run) -> bool:

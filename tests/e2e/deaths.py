@@ -1,0 +1,484 @@
+"""The death of anything at any moment, on the real platform under live load: `python -m tests.e2e.deaths`.
+
+For each victim and each state that a rollout passes through (walked with the machine itself, so that none is left
+out): a delivery, and as soon as the entry that leads to the state is durable, kill -9 of the victim. Then the rollout
+must end as it would have without, or on the stable version; each of its steps must stand in the ledger exactly once;
+and no client may notice where a healthy copy was there. Prints a table; exit code 1 if a promise was broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from flows.record import replay
+from flows.story import fold
+from infra.agent_client import AgentClient
+from policies import audit
+from policies.events import Checked, Do, Done, Looked, Phase, Requested
+from policies.policy import Policy, parse
+from policies.rollout import Rollout, step, terms
+from policies.verdict import Verdict
+from tasks.ports import Entry
+from tests.e2e.deadly import name_of
+from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
+from tests.serving.models import save
+
+POLICY = """
+policy: deaths
+benchmark: {duration: 1s, regression_max: 1000}
+validate: {quality: {margin: 0.2}}
+rollout:
+  stages:
+    - shadow: {share: 1.0, for: 1s}
+    - canary: {weight: 40, for: 1s}
+  gates:
+    errors: {margin: 0.2}
+  watch: {for: 1s, shadow: 0.5}
+  look_every: 500ms
+  burn_in: 200ms
+  patience: 60s
+  lease: 3s
+"""
+SHADOW = "    - shadow: {share: 1.0, for: 1s}\n"
+LEASE_S = 3.0
+SETTLED_S = 150.0  # the worst: a Prefect server that starts anew on a busy machine, and a reconciler that takes over
+OUTAGE_S = 15.0  # of the one gateway, or of the only copy of a model
+PLAIN = {"name": "X", "datatype": "FP32", "shape": [1, 4], "data": [0.1, 0.2, 0.3, 0.4]}
+TRAP = {"name": "X", "datatype": "FP32", "shape": [1, 4], "data": [0.1, 0.2, 0.3, 5000.0]}
+
+SERVERS = ("flow", "canary server", "stable server")
+PARTS = ("node agent", "Envoy", "Prefect server", "MLflow server")
+DATABASE = "PostgreSQL"
+ENDS = ("promoted", "rolled back", "refused")
+
+
+# ---------------------------------------------------------------- the states, from the machine
+
+
+def policy_for(ends: str) -> str:
+    """A version that fails under live traffic is told at the canary, not before."""
+    return POLICY.replace(SHADOW, "") if ends == "rolled back" else POLICY
+
+
+def walk(policy: Policy, ends: str) -> Iterator[Rollout]:
+    """The states of a rollout with such an end, each from the event that naturally comes next."""
+    at, number = 0.0, 1
+    state, _ = step(None, Requested(at, number, "m", "2", "digest", "1", terms(policy)))
+    while True:
+        yield state
+        if state.settled:
+            return
+        at, number = at + 60.0, number + 1
+        if state.pending and state.pending[0].do is Do.CHECK:
+            verdict = Verdict.FAIL if ends == "refused" else Verdict.PASS
+            event: Any = Checked(at, number, verdict, "")
+        elif state.pending:
+            event = Done(at, number, state.pending[0].id)
+        elif state.outbox:
+            event = Done(at, number, state.outbox[0].id)
+        else:
+            bad = ends == "rolled back" and state.phase is Phase.CANARY
+            event = Looked(at, number, Verdict.FAIL if bad else Verdict.PASS, "")
+        state, _ = step(state, event)
+
+
+def transitions(ends: str) -> list[str]:
+    """The names of the states."""
+    return [name_of(state) for state in walk(parse(policy_for(ends)), ends)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Who dies, in a rollout that would end how, and when."""
+
+    victim: str
+    ends: str
+    at: str
+
+    def __str__(self) -> str:
+        return f"{self.victim}: {self.at} ({self.ends})"
+
+
+def cells(victims: Sequence[str]) -> list[Cell]:
+    """The complete matrix of the victims; a state that two ends share is visited once."""
+    made = []
+    for victim in victims:
+        seen: set[str] = set()
+        for ends in ENDS:
+            made += [Cell(victim, ends, at) for at in transitions(ends) if at not in seen]
+            seen.update(transitions(ends))
+    return made
+
+
+# ---------------------------------------------------------------- models
+
+
+def write_rows(folder: Path) -> None:
+    """Labelled rows, what the model answers to them, and what it does not."""
+    folder.mkdir(parents=True)
+    rows = np.random.default_rng(1).normal(size=(400, 4)).astype(np.float32)
+    seen = 1 / (1 + np.exp(-rows.sum(axis=1)))
+    names = "a,b,c,d"
+    for name, column, values in (
+        ("validation", "label", (seen > 0.5).astype(int)),
+        ("expected", "prediction", seen),
+        ("unexpected", "prediction", 1 - seen),
+    ):
+        lines = [",".join(f"{value:.9g}" for value in (*row, last)) for row, last in zip(rows, values, strict=True)]
+        (folder / f"{name}.csv").write_text("\n".join([f"{names},{column}", *lines]) + "\n")
+
+
+def write_model(path: Path, note: str, trap: bool) -> None:
+    """The sigmoid of the row's sum; with `trap` it errs if the last value is beyond 1000. `note` makes new bytes."""
+    nodes = [
+        helper.make_node("ReduceSum", ["X", "axis"], ["sum"], keepdims=1),
+        helper.make_node("Sigmoid", ["sum"], ["score"]),
+    ]
+    constants = [("axis", np.array([1], dtype=np.int64))]
+    if trap:
+        nodes = [
+            helper.make_node("Gather", ["X", "last"], ["d"], axis=1),
+            helper.make_node("Greater", ["d", "limit"], ["caught"]),
+            helper.make_node("Cast", ["caught"], ["at"], to=TensorProto.INT64),
+            helper.make_node("Gather", ["nothing", "at"], ["zero"]),
+            helper.make_node("ReduceSum", ["X", "axis"], ["sum"], keepdims=1),
+            helper.make_node("Add", ["sum", "zero"], ["sum0"]),
+            helper.make_node("Sigmoid", ["sum0"], ["score"]),
+        ]
+        constants += [
+            ("last", np.array([3], dtype=np.int64)),
+            ("limit", np.array(1000, dtype=np.float32)),
+            ("nothing", np.zeros(1, dtype=np.float32)),
+        ]
+    shapes = [("X", TensorProto.FLOAT, ["N", 4])], [("score", TensorProto.FLOAT, ["N", 1])]
+    save(path, nodes, *shapes, constants, {"note": note})
+    onnx.checker.check_model(str(path))
+
+
+# ---------------------------------------------------------------- a delivery that somebody dies in
+
+
+class Nursery:
+    """Starts deliveries quickly: see `deadly`."""
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform = platform
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.deadly"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(platform.files / "nursery.log").open("ab"),
+            text=True,
+            env=platform.environment(),
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdin is not None
+        self._answers, self._asks = self._process.stdout, self._process.stdin
+        assert self._answers.readline() == "ready\n", (platform.files / "nursery.log").read_text()
+
+    def close(self) -> None:
+        self._asks.close()
+        self._process.wait(20)
+        self._answers.close()
+
+    def start(self, **job: Any) -> int:
+        """The delivery's process id."""
+        with self._lock:
+            self._asks.write(json.dumps(job) + "\n")
+            self._asks.flush()
+            return int(self._answers.readline())
+
+
+@dataclass
+class Result:
+    """What became of a cell; no problem, and the promises were kept."""
+
+    cell: Cell
+    ended: str = ""
+    failed: int = 0
+    seconds: float = 0.0
+    requests: int = 0
+    why: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> bool:
+        return not self.problems
+
+
+class Lane:
+    """One model, delivered to again and again under live load."""
+
+    _count = itertools.count()
+
+    def __init__(self, platform: Platform, nursery: Nursery, model: str) -> None:
+        self.platform, self.nursery, self.model = platform, nursery, model
+        self.folder = platform.files / model
+        self.folder.mkdir()
+        self.ledger = platform.ledger()
+        self.agent = AgentClient(platform.home / "agent")
+        self.clients: Clients | None = None
+
+    def begin(self) -> None:
+        """The model's first version serves, and its clients ask."""
+        name, _ = self.deliver(Cell("", "promoted", ""), first=True)
+        state = self.settled(name)
+        assert state is not None
+        assert state.phase is Phase.PROMOTED, self.last_log()
+        self.clients = Clients(self.platform.ports["GATEWAY"], self.model, PLAIN, TRAP)
+        self.clients.__enter__()
+
+    def close(self) -> None:
+        if self.clients is not None:
+            self.clients.__exit__()
+        self.agent.close()
+        self.ledger.close()
+
+    def deliver(self, cell: Cell, number: int = signal.SIGKILL, first: bool = False) -> tuple[str, int]:
+        """Starts a delivery with bytes of its own; the rollout's name once it is requested, and the process."""
+        count = next(self._count)
+        path = self.folder / f"{count}.onnx"
+        write_model(path, f"{self.model} {count}", trap=cell.ends == "rolled back")
+        rows = self.platform.files / "rows"
+        expected = "unexpected" if cell.ends == "refused" else "expected"
+        request = {
+            "model": self.model,
+            "source": str(path),
+            "policy": POLICY if first else policy_for(cell.ends),
+            "files": {"validation": str(rows / "validation.csv"), "expected": str(rows / f"{expected}.csv")},
+        }
+        before = self.ledger.rollouts(self.model)
+        self.log = self.folder / f"{count}.log"
+        victim = self.platform.env.get("POSTMASTER", "") if cell.victim == DATABASE else cell.victim
+        pid = self.nursery.start(request=request, log=str(self.log), at=cell.at, victim=victim, signal=number)
+        found: list[str] = []
+
+        def requested() -> bool:
+            found.extend(name for name in self.quietly_rollouts() if name not in before)
+            return bool(found)
+
+        wait_until(requested, SETTLED_S, f"{cell} is requested; {self.last_log()}")
+        return found[0], pid
+
+    def quietly_rollouts(self) -> list[str]:
+        with contextlib.suppress(Exception):  # the database is the victim
+            return self.ledger.rollouts(self.model)
+        return []
+
+    def entries(self, name: str) -> list[Entry]:
+        with contextlib.suppress(Exception):  # the database is the victim
+            return self.ledger.read(name)
+        return []
+
+    def settled(self, name: str, seconds: float = SETTLED_S) -> Rollout | None:
+        """The state once nothing is left to be done and the model is free; else as it is then."""
+        limit = time.monotonic() + seconds
+        state = None
+        while time.monotonic() < limit:
+            state = fold(self.entries(name)) or state
+            if state is not None and state.settled:
+                return state
+            time.sleep(0.2)
+        return state
+
+    def last_log(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:]) if self.log.exists() else ""
+
+    def play(self, cell: Cell) -> Result:
+        """The delivery, the death, and what became of it."""
+        assert self.clients is not None
+        result = Result(cell)
+        began = time.monotonic()
+        try:
+            name, _ = self.deliver(cell)
+        except AssertionError as exc:
+            result.problems.append(str(exc))
+            return result
+        state = self.settled(name)
+        result.seconds = time.monotonic() - began
+        entries = self.entries(name)
+        note = self.log.with_name(self.log.name + ".struck")
+        struck = json.loads(note.read_text()) if note.exists() else None
+        if struck is None:
+            result.problems.append(f"the rollout never was at '{cell.at}'")
+        elif not struck["pids"]:
+            result.why = "the victim was dead already"
+        result.problems += self._judge(cell, state, entries)
+        result.problems += self._judge_clients(cell, began, result)
+        result.ended = state.label if state else "not begun"
+        if state and state.label != cell.ends:
+            result.why = f"{result.why}; {state.reason}".removeprefix("; ")
+        if result.problems:
+            result.problems.append(f"rollout {name}; log {self.log}")
+        return result
+
+    def _judge(self, cell: Cell, state: Rollout | None, entries: list[Entry]) -> list[str]:
+        if state is None or not state.settled:
+            return [f"not settled after {SETTLED_S:.0f} s: {name_of(state) if state else 'no entry'}"]
+        problems = []
+        back = (Phase.ROLLED_BACK, Phase.REFUSED)
+        if state.label != cell.ends and state.phase not in back:
+            problems.append(f"ended {state.label}: {state.reason}")
+        serving = state.candidate if state.phase is Phase.PROMOTED else state.stable
+        try:
+            wait_until(lambda: self._alone(serving), 30.0)
+        except AssertionError:
+            problems.append(f"v{serving} should serve alone, the route is {self._route()}")
+        problems += exactly_once(entries)
+        _, differences = replay(entries)
+        problems += [f"replay differs: {each}" for each in differences]
+        return problems
+
+    def _route(self) -> Any:
+        with contextlib.suppress(Exception):  # the agent is the victim
+            return self.agent.route(self.model)
+        return None
+
+    def _alone(self, version: str | None) -> bool:
+        route = self._route()
+        return route is not None and (route.stable, route.candidate) == (version, None)
+
+    def _judge_clients(self, cell: Cell, began: float, result: Result) -> list[str]:
+        assert self.clients is not None
+        time.sleep(0.5)
+        now = time.monotonic()
+        failed = self.clients.failed(began)
+        result.failed = len(failed)
+        result.requests = sum(answer.at >= began for answer in list(self.clients.answers))
+        problems = []
+        state = fold(self.entries(self.ledger.rollouts(self.model)[0]))
+        assert state is not None
+        right = state.candidate if state.phase is Phase.PROMOTED else state.stable
+        if (seen := self.clients.served(now - 0.4)) - {right}:
+            problems.append(f"clients are answered by {seen}, it should be v{right}")
+        alone = cell.victim == "Envoy" or cell.victim == "stable server"
+        if failed and not alone:
+            told = Counter(answer.failure for answer in failed).most_common(2)
+            problems.append(f"{len(failed)} requests failed: {told}")
+        elif failed and failed[-1].at - failed[0].asked > OUTAGE_S:
+            problems.append(f"requests failed for {failed[-1].at - failed[0].asked:.1f} s")
+        return problems
+
+
+def exactly_once(entries: Sequence[Entry]) -> list[str]:
+    """What stands twice in the ledger though it happened once."""
+    steps = Counter(
+        (entry.kind, entry.body.get("effect", ""))
+        for entry in entries
+        if entry.kind in ("requested", "checked", "done", "lost") or (entry.kind == "failed" and entry.body["final"])
+    )
+    problems = [f"{kind} {effect} stands {count} times" for (kind, effect), count in steps.items() if count > 1]
+    if [entry.sequence for entry in entries] != list(range(1, len(entries) + 1)):
+        problems.append("the entries' sequence has holes")
+    return problems
+
+
+# ---------------------------------------------------------------- the matrix
+
+
+def play_all(platform: Platform, wanted: Sequence[Cell], lanes: int, tell: Any = lambda _result: None) -> list[Result]:
+    """Every cell, so many side by side, each on a model of its own."""
+    todo: queue.SimpleQueue[Cell] = queue.SimpleQueue()
+    for cell in wanted:
+        todo.put(cell)
+    results: list[Result] = []
+    errors: list[BaseException] = []
+    nursery = Nursery(platform)
+
+    def work(number: int) -> None:
+        lane = Lane(platform, nursery, f"m{next(Lane._count)}")
+        try:
+            lane.begin()
+            while True:
+                try:
+                    cell = todo.get_nowait()
+                except queue.Empty:
+                    return
+                result = lane.play(cell)
+                results.append(result)
+                tell(result)
+        except BaseException as exc:  # noqa: BLE001 - a lane's error is the run's
+            errors.append(exc)
+        finally:
+            lane.close()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(lanes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    nursery.close()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def chain_is_sound(platform: Platform) -> str:
+    """Why the ledger's chain does not verify; nothing if it does."""
+    ledger = platform.ledger()
+    try:
+        breach = audit.verify(ledger.lines(), ledger.head()).breach
+    finally:
+        ledger.close()
+    return f"entry {breach.number}: {breach.why}" if breach else ""
+
+
+def line(result: Result) -> str:
+    cell = result.cell
+    mark = "kept  " if result.kept else "BROKEN"
+    figures = f"{result.failed:>4} of {result.requests:>5} failed {result.seconds:6.1f} s"
+    why = f"\n       {result.why}" if result.why else ""
+    return f"{mark} {cell.victim:<15} {cell.at:<52} -> {result.ended:<14} {figures}{why}" + "".join(
+        f"\n       {problem}" for problem in result.problems
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--victims", nargs="*", default=[*SERVERS, *PARTS])
+    parser.add_argument("--at", default="", help="only states whose name contains this")
+    parser.add_argument("--lanes", type=int, default=3)
+    parser.add_argument("--keep", action="store_true")
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="lockgate-deaths-"))
+    broken = 0
+    try:
+        (folder / "files").mkdir()
+        write_rows(folder / "files" / "rows")
+        with running_platform(folder / "home", folder / "files") as platform:
+            wanted = [cell for cell in cells(given.victims) if given.at in cell.at]
+            results = play_all(platform, wanted, given.lanes, lambda result: print(line(result), flush=True))
+            broken = sum(not result.kept for result in results)
+            why = chain_is_sound(platform)
+        print(f"{len(results)} deaths, {broken} broken promises; the chain is {why or 'sound'}")
+        return 1 if broken or why else 0
+    finally:
+        if not given.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            print(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
