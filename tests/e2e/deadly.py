@@ -67,8 +67,7 @@ def pids_of(victim: str, model: str, candidate: str) -> list[int]:
     parts = {"Prefect server": "prefect", "MLflow server": "mlflow", "node agent": "serving.agent"}
     if victim in parts:
         return [pid for pid, command in _children(addresses.pid) if parts[victim] in command]
-    with AgentClient(addresses.agent_home) as agent:
-        status = agent.status()
+    status = AgentClient(addresses.agent_home).status()
     if victim == "Envoy":
         return [pid for pid in [status["gateway"]["pid"]] if pid]
     versions = status["models"].get(model, {}).get("versions", {})

@@ -252,7 +252,6 @@ class Lane:
     def close(self) -> None:
         if self.clients is not None:
             self.clients.__exit__()
-        self.agent.close()
         self.ledger.close()
 
     def deliver(self, cell: Cell, number: int = signal.SIGKILL, first: bool = False) -> tuple[str, int]:

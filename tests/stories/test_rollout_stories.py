@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from flows.story import fold
 from policies.events import Phase
 from policies.evidence import Counts
 from policies.traffic import Route
@@ -244,3 +246,29 @@ def test_bytes_that_came_into_quarantine_meanwhile_fail_the_checks() -> None:
     assert state.phase is Phase.REFUSED
     assert "it failed under another name" in state.reason
     assert world.weights == [("1", None, 0, 0)]
+
+
+@pytest.mark.parametrize("stopped_after", [("1", "2", 0, 100), ("1", "2", 20, 0), ("1", "2", 50, 0)])
+def test_a_controller_that_was_stopped_for_longer_than_the_lease_gives_no_share_again(
+    stopped_after: tuple[str | None, str | None, int, int],
+) -> None:
+    """SIGSTOP after the step is written and before its traffic is changed, then SIGCONT: what the agent did stands."""
+    world = World()
+    append, stopped = world.ledger.append, []
+
+    def watched(rollout: str, sequence: int, at: float, actor: str, kind: str, body: Any) -> Any:
+        entry = append(rollout, sequence, at, actor, kind, body)
+        state = fold(world.ledger.read(rollout))
+        assert state is not None
+        if not stopped and kind == "looked" and state.pending and world.weights[-1] == stopped_after:
+            stopped.append(entry)
+            world.clock.sleep(world.policy.rollout.lease + 1.0)
+        return entry
+
+    world.ledger.append = watched  # type: ignore[method-assign]
+    state = world.drive()
+    assert stopped
+    assert state.phase is Phase.ROLLED_BACK
+    after = world.weights[world.weights.index(stopped_after) + 1 :]
+    assert {candidate for _, candidate, _, _ in after} == {None}
+    assert world.registry.aliases == {"champion": "1"}
