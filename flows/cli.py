@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flows.policy import Found
 
 DONE, REFUSED, USAGE, UNFINISHED = 0, 1, 2, 3
+_PORTS = ("prefect_port", "mlflow_port", "gateway_port", "trigger_port", "evidently_port")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,13 +86,14 @@ def up(
     mlflow_port: Annotated[int | None, typer.Option(help="Port of the MLflow server and UI.")] = None,
     gateway_port: Annotated[int | None, typer.Option(help="Port of the gateway, for predictions.")] = None,
     evidently_port: Annotated[int | None, typer.Option(help="Start Evidently's UI, too, on this port.")] = None,
+    trigger_port: Annotated[int | None, typer.Option(help="Port of the trigger receiver; any by default.")] = None,
 ) -> None:
-    """Start the local platform: Prefect, MLflow, node agent with gateway, worker and reconciler."""
+    """Start the local platform: Prefect, MLflow, node agent with gateway, worker, receiver, reconciler."""
     from flows import platform
 
-    given = {"prefect_port": prefect_port, "mlflow_port": mlflow_port, "gateway_port": gateway_port}
-    given["evidently_port"] = evidently_port
-    settings = Settings.model_validate({**_settings().model_dump(), **{k: port for k, port in given.items() if port}})
+    asked = (prefect_port, mlflow_port, gateway_port, trigger_port, evidently_port)
+    ports = {name: port for name, port in zip(_PORTS, asked, strict=True) if port}
+    settings = Settings.model_validate({**_settings().model_dump(), **ports})
     raise typer.Exit(platform.up(settings, detach, out, err))
 
 

@@ -14,17 +14,19 @@ from prefect import flow, get_run_logger
 from prefect.context import FlowRunContext
 from pydantic import BaseModel, Field
 
-from flows import policy as policies_known
 from flows.checks import Preparation, prepare, run_checks
+from flows.policy import find, shelf_in
 from flows.publish import Publisher, artifact_key
 from flows.rollout import Controller, Observer, Superseded, abort, over
 from flows.settings import Settings
 from flows.story import fold, story_of
+from flows.triggers import REGISTRY
 from flows.wiring import connect
 from policies.events import Requested, to_body
-from policies.policy import Policy, parse
+from policies.policy import Policy, PolicyError, Trigger, parse
 from policies.rollout import OUTCOMES, Rollout, terms
-from tasks.ports import BadInput, ModelVersion, PortError, Ports, Refused, Submission
+from tasks.outcome import settle
+from tasks.ports import BadInput, ModelVersion, NotThere, PortError, Ports, Refused, Submission
 from tasks.registration import register
 from tasks.report import publish_report
 
@@ -129,14 +131,34 @@ def deliver(
     Raises BadInput for what cannot be delivered at all (nothing has been changed then), PortError where a part of
     the platform cannot be reached.
     """
-    request = requested(Settings().shelf, model, version, policy, source, files, target=target, reason=reason, by=by)
     context = FlowRunContext.get()
     run_id = context.flow_run.id if context and context.flow_run else None
     publisher = Publisher(run_id, target)
+    ports = connect()
+    asked = str(version) if by == REGISTRY and version is not None else None
+    alias: str | None = Trigger().name
     try:
-        return asdict(deliver_with(connect(), request, [publisher, _log_moves()]))
+        told = {"target": target, "reason": reason, "by": by}
+        request = requested(Settings().shelf, model, version, policy, source, files, **told)
+        alias = parse(request.policy).trigger.alias
+        outcome = deliver_with(ports, request, [publisher, _log_moves()])
+        if asked is not None:  # another version may have had these bytes before
+            _settle(ports, model, asked, alias, outcome.outcome, outcome.reason)
+        return asdict(outcome)
+    except (BadInput, NotThere, Refused, PolicyError) as exc:
+        if asked is not None:
+            _settle(ports, model, asked, alias, "refused", str(exc))
+        raise
     finally:
         publisher.close()
+
+
+def _settle(ports: Ports, model: str, version: str, alias: str | None, outcome: str, reason: str) -> None:
+    """The registry's wish is answered; where that cannot be written down now, it is asked for again, and then it is."""
+    try:
+        in_prefect(settle, ports.registry, model, version, alias, outcome, reason, name="settle what was asked for")
+    except PortError as exc:
+        get_run_logger().warning("the registry could not be told: %s", exc)
 
 
 def requested(
@@ -151,9 +173,10 @@ def requested(
     """The delivery that is asked for, its policy looked up. Raises BadInput, PolicyError."""
     if version is not None and source is not None:
         raise BadInput("say what to deliver with `version` or `source`, not with both")
-    found = policies_known.find(shelf, policy) if policy else policies_known.for_model(shelf, model)
+    found = find(shelf, policy) if policy else shelf_in(shelf).policy_for(model)
     if found is None:
-        raise BadInput(f"no policy in {shelf} says `model: {model}`; name one, or put one there")
+        unsound = "".join(f"; {why}" for why in shelf_in(shelf).unsound.values())
+        raise BadInput(f"no policy in {shelf} says `model: {model}`; name one, or put one there{unsound}")
     return Delivery(
         model=model,
         source=source or (f"models:/{model}@candidate" if version is None else f"models:/{model}/{version}"),

@@ -45,21 +45,37 @@ def read(path: Path, wanted: str, shelf: Path) -> Found:
 
 def known(shelf: Path) -> list[str]:
     """The names that `find` knows: the platform's own and the ready-made ones."""
-    files = [file for folder in (shelf, LIBRARY) for file in folder.glob("*.yaml")]
-    return sorted({file.stem for file in files if not file.stem.endswith("expectations")})
+    return sorted({file.stem for folder in (shelf, LIBRARY) for file in _files(folder)})
 
 
-def for_model(shelf: Path, model: str) -> Found | None:
-    """The one policy in `shelf` whose `model` this is; None without any. Raises BadInput where two claim it."""
-    found = []
-    for path in sorted(shelf.glob("*.yaml")):
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.yaml") if not file.stem.endswith("expectations"))
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The platform's own policies, as they stood when it was read; `unsound` says what is wrong with which file."""
+
+    folder: Path
+    sound: tuple[Found, ...]
+    unsound: dict[str, str]
+
+    def policy_for(self, model: str) -> Found | None:
+        """The one policy that says `model: MODEL`; None without any. Raises BadInput where two do."""
+        found = [each for each in self.sound if each.policy.model == model]
+        if len(found) > 1:
+            names = ", ".join(each.path.name for each in found if each.path)
+            raise BadInput(f"{names} in {self.folder} are all for model '{model}'; leave one, or name it")
+        return found[0] if found else None
+
+
+def shelf_in(folder: Path) -> Shelf:
+    """The policies in the folder; none where there is no folder."""
+    sound: list[Found] = []
+    unsound: dict[str, str] = {}
+    for path in _files(folder):
         try:
-            each = read(path, str(path), shelf)
-        except PolicyError:
-            continue  # another document, or a policy that is told of where it is used
-        if each.policy.model == model:
-            found.append((path, each))
-    if len(found) > 1:
-        names = ", ".join(path.name for path, _ in found)
-        raise BadInput(f"{names} in {shelf} are all for model '{model}'; leave one, or name it")
-    return found[0][1] if found else None
+            sound.append(read(path, path.name, folder))
+        except (PolicyError, BadInput) as exc:
+            unsound[path.name] = str(exc)
+    return Shelf(folder, tuple(sound), unsound)

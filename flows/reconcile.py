@@ -22,8 +22,9 @@ from flows.checks import Preparation, run_checks
 from flows.deliver import BEGIN_S, Delivery, in_prefect, is_dead, request_submission, whoami
 from flows.rollback import proven_before
 from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abort, over
+from flows.settings import Settings
 from flows.story import fold, policy_of
-from flows.wiring import configure, connect
+from flows.wiring import configure, connect, triggers
 from policies.events import Phase
 from policies.policy import Policy
 from policies.rollout import Rollout, due
@@ -41,10 +42,11 @@ Jobs = Sequence[Callable[[], None]]
 
 @dataclass
 class Pass:
-    """What one pass did: how the rollouts that it took over stand now, what it mended, what it leaves to the next."""
+    """What one pass did: how the rollouts that it took over stand now, what it mended and started, what it leaves."""
 
     driven: dict[str, str] = field(default_factory=dict)
     mended: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,7 +64,10 @@ def reconcile(at_once: bool = False) -> dict[str, Any]:
     def checks_of(entries: Sequence[Entry]) -> Checks:
         return _checks(ports, entries, in_prefect)
 
-    return asdict(reconcile_with(ports, whoami(), in_prefect, checks_of, at_once))
+    done = reconcile_with(ports, whoami(), in_prefect, checks_of, at_once)
+    asked = triggers(Settings())
+    done.started, done.left = asked.started, done.left | asked.left
+    return asdict(done)
 
 
 def directly(task: Any, *args: Any, name: str = "") -> Any:  # noqa: ARG001 - a Runner; only Prefect shows names

@@ -332,7 +332,8 @@ class Controller:
         elif effect.do is Do.QUARANTINE:
             self.run(quarantine, ports.ledger, self.rollout, state, effect.text, name="quarantine")
         else:
-            self.run(tell, ports.registry, self.rollout, state, ports.clock.now(), name=f"tell: {state.label}")
+            alias = self.policy.trigger.alias
+            self.run(tell, ports.registry, self.rollout, state, ports.clock.now(), alias, name=f"tell: {state.label}")
 
     # ------------------------------------------------------------ a stage
 

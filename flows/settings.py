@@ -23,6 +23,8 @@ class Settings(BaseSettings):
     prefect_port: int = Field(4200, ge=1, le=65535)
     mlflow_port: int = Field(5000, ge=1, le=65535)
     gateway_port: int = Field(8080, ge=1, le=65535)
+    trigger_port: int | None = Field(None, ge=1, le=65535, description="Of the trigger receiver; any by default.")
+    registry_poll_s: float = Field(10.0, gt=0, description="How often the registry is looked at without a hint.")
     mlflow_url: str | None = Field(None, description="An MLflow server elsewhere.")
     prefect_url: str | None = Field(None, description="A Prefect server elsewhere.")
     ledger_url: str | None = Field(None, description="SQLAlchemy URL of the ledger; SQLite in `home` by default.")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.settings import Settings
+from infra.hints_mlflow import Doorkeeper as Doorkeeper
+from infra.hints_mlflow import Unbelievable as Unbelievable
 from infra.platform_local import (
     SILENCE,
     Addresses,
@@ -19,6 +21,7 @@ from infra.platform_local import (
     LocalPlatform,
     free_port,
     running,
+    secret,
 )
 from infra.platform_local import (
     Part as Part,
@@ -30,11 +33,16 @@ from tasks.ports import BadInput, Ledger, PortError, Ports
 from tasks.ports_monitor import MonitorPorts
 
 if TYPE_CHECKING:
+    from flows.triggers import Seen
     from infra.labels_arrow import LabelStore
 
 
 _RECONCILER = Beside("Reconciler", "flows.reconcile")
-_BESIDE = (_RECONCILER, Beside("Worker", "flows.worker", announces=True, children_outlive=True))
+_BESIDE = (
+    _RECONCILER,
+    Beside("Worker", "flows.worker", announces=True, children_outlive=True),
+    Beside("Receiver", "flows.receiver", announces=True),
+)
 
 
 class SystemClock:
@@ -55,6 +63,7 @@ def platform(settings: Settings) -> LocalPlatform:
         mlflow_port=settings.mlflow_port,
         gateway_port=settings.gateway_port,
         evidently_port=settings.evidently_port,
+        trigger_port=settings.trigger_port,
         beside=_BESIDE,
         env=settings.variables(),
     )
@@ -107,6 +116,28 @@ def demo_platform(home: Path) -> LocalPlatform:
     """A platform of the demo's own, on free ports."""
     env = Settings(home=home).variables()
     return LocalPlatform(home, free_port(), free_port(), free_port(), beside=(_RECONCILER,), env=env)
+
+
+def hint_secret(settings: Settings) -> str:
+    """What the registry signs its hints with."""
+    return secret(settings.folder, "hints")
+
+
+def subscribe(settings: Settings) -> None:
+    """The platform's registry sends its hints to the platform's receiver. Raises PortError."""
+    from infra.hints_mlflow import subscribe
+
+    addresses = located(settings)
+    subscribe(addresses.mlflow, settings.folder / "cache", addresses.hints, hint_secret(settings))
+
+
+def triggers(settings: Settings) -> Seen:
+    """One look at what the registry asks for; deliveries are started for it. Raises PortError."""
+    from flows.runs import PrefectRuns
+    from flows.triggers import look
+
+    ports = connect(settings)
+    return look(ports.registry, ports.ledger, PrefectRuns(), settings.shelf, ports.clock.now)
 
 
 def train_demo(home: Path) -> Part:

@@ -6,6 +6,7 @@ PortError               a part could not be started; the message says which, why
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import json
@@ -54,6 +55,7 @@ class Addresses:
     prefect_port: int
     mlflow_port: int
     gateway_port: int
+    trigger_port: int
     pid: int = 0
     started: float = 0.0
     ready: bool = False
@@ -74,6 +76,10 @@ class Addresses:
     @property
     def gateway(self) -> str:
         return f"http://127.0.0.1:{self.gateway_port}"
+
+    @property
+    def hints(self) -> str:
+        return f"http://127.0.0.1:{self.trigger_port}/hints"
 
     @property
     def agent_home(self) -> Path:
@@ -100,6 +106,20 @@ def running(home: Path) -> Addresses | None:
         if abs(psutil.Process(addresses.pid).create_time() - addresses.started) < 1.0:
             return addresses
     return None
+
+
+def secret(home: Path, name: str) -> str:
+    """The platform's secret of that name (32 random bytes in base64), made when it is first asked for."""
+    file = home / "secrets" / name
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not file.exists():
+        made = file.with_suffix(f".{os.getpid()}")
+        made.touch(mode=0o600)
+        made.write_text(base64.urlsafe_b64encode(os.urandom(32)).decode())
+        with contextlib.suppress(FileExistsError):
+            os.link(made, file)  # the first one stays, whoever made it
+        made.unlink()
+    return file.read_text()
 
 
 def announce(home: Path, module: str) -> None:
@@ -207,6 +227,7 @@ class LocalPlatform:
     mlflow_port: int = 5000
     gateway_port: int = 8080
     evidently_port: int | None = None  # without one, its UI does not run
+    trigger_port: int | None = None
     beside: tuple[Beside, ...] = ()
     env: dict[str, str] = field(default_factory=dict)  # what the processes beside it are to know
     parts: list[Part] = field(default_factory=list)
@@ -250,7 +271,8 @@ class LocalPlatform:
 
     def addresses(self) -> Addresses:
         me = psutil.Process()
-        ports = (self.prefect_port, self.mlflow_port, self.gateway_port)
+        self.trigger_port = self.trigger_port or free_port()
+        ports = (self.prefect_port, self.mlflow_port, self.gateway_port, self.trigger_port)
         started = me.create_time()
         return Addresses(str(self.home), *ports, pid=me.pid, started=started, evidently_port=self.evidently_port)
 
@@ -284,6 +306,7 @@ class LocalPlatform:
             ("MLflow", self.mlflow_port, "--mlflow-port"),
             ("the gateway", self.gateway_port, "--gateway-port"),
             ("Evidently", self.evidently_port, "--evidently-port"),
+            ("the trigger receiver", self.trigger_port, "--trigger-port"),
         ):
             if port is None:
                 continue
@@ -333,7 +356,14 @@ class LocalPlatform:
             "MLflow",
             ["-m", "mlflow", "server", "--host=127.0.0.1", f"--port={self.mlflow_port}", *store, *artifacts],
             _answers(f"http://127.0.0.1:{self.mlflow_port}/health"),
-            {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            {
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                # Hints go to the receiver on this machine, over HTTP; one that is new is in force at once.
+                "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+                "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+                "MLFLOW_WEBHOOK_CACHE_TTL": "1",
+                "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": secret(self.home, "webhooks"),
+            },
         )
 
     def _evidently(self, port: int) -> Part:

@@ -36,9 +36,11 @@ from tasks.ports import (
     BadInput,
     Bundle,
     Inspector,
+    Listed,
     ModelVersion,
     NotThere,
     Refused,
+    Registered,
     Signature,
     Submission,
     Tensor,
@@ -135,15 +137,26 @@ class MlflowRegistry:
 
     def versions(self, model: str) -> Sequence[ModelVersion]:
         """All versions of the model that are ours or adopted, oldest first; none for an unknown model."""
-        _check_name(model)
-        with self._asking(f"list the versions of '{model}'"):
+        found = [_version(entry) for entry in self._all(model) if TAG + "digest" in entry.tags]
+        return sorted(found, key=lambda version: int(version.version))
+
+    def models(self) -> Sequence[Registered]:
+        """All models, with their aliases."""
+        with self._asking("list the models"):
             found, token = [], None
             while True:  # ends: the server hands out each page once
-                page = self._client.search_model_versions(f"name='{model}'", max_results=1000, page_token=token)
-                found += [_version(entry) for entry in page if TAG + "digest" in entry.tags]
+                page = self._client.search_registered_models(max_results=1000, page_token=token)
+                found += [Registered(each.name, dict(each.tags), _aliases(each)) for each in page]
                 token = page.token
                 if not token:
-                    return sorted(found, key=lambda version: int(version.version))
+                    return found
+
+    def listed(self, model: str) -> Sequence[Listed]:
+        """All versions of the model, oldest first, whoever registered them; none for an unknown model."""
+        found = [
+            Listed(str(each.version), each.creation_timestamp / 1000, dict(each.tags)) for each in self._all(model)
+        ]
+        return sorted(found, key=lambda version: int(version.version))
 
     def fetch(self, version: ModelVersion) -> Bundle:
         """The version's files, digest checked; from the cache where they are there. Raises Refused for other bytes."""
@@ -166,6 +179,15 @@ class MlflowRegistry:
                 self._client.delete_registered_model_alias(model, alias)
             else:
                 self._client.set_registered_model_alias(model, alias, version)
+
+    def drop_alias(self, model: str, alias: str, version: str) -> None:
+        """The alias names the version no more; one that names another by now is left alone. Idempotent.
+
+        MLflow cannot compare and set: an alias moved within the milliseconds between the look and the deletion is lost.
+        """
+        with self._asking(f"take alias '{alias}' off version {version} of '{model}'"):
+            if str(_aliases(self._client.get_registered_model(model)).get(alias)) == version:
+                self._client.delete_registered_model_alias(model, alias)
 
     def tag(self, model: str, version: str, tags: Mapping[str, str]) -> None:
         """The tags are set on the version. Idempotent."""
@@ -190,6 +212,19 @@ class MlflowRegistry:
         return f"runs:/{version.run_id}"
 
     # -- its parts
+
+    def _all(self, model: str) -> list[Any]:
+        """MLflow's own records of the model's versions."""
+        _check_name(model)
+        with self._asking(f"list the versions of '{model}'"):
+            found: list[Any] = []
+            token = None
+            while True:  # ends: the server hands out each page once
+                page = self._client.search_model_versions(f"name='{model}'", max_results=1000, page_token=token)
+                found += page
+                token = page.token
+                if not token:
+                    return found
 
     def _obtain(self, submission: Submission, work: Path) -> tuple[Path, str | None]:
         """The source as one file; and the version to adopt, if the source is one of the same model."""
@@ -373,6 +408,10 @@ def _written(signature: Signature) -> str:
         return [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in tensors]
 
     return json.dumps({"inputs": side(signature.inputs), "outputs": side(signature.outputs)}, separators=(",", ":"))
+
+
+def _aliases(found: Any) -> dict[str, str]:
+    return {alias: str(version) for alias, version in found.aliases.items()}
 
 
 def _version(found: Any) -> ModelVersion:

@@ -361,11 +361,26 @@ class Governance(_Strict):
     approvals: Approvals | None = None
 
 
+class Trigger(_Strict):
+    """What in the registry asks for a delivery; of the policies in the platform's folder, those that name a model."""
+
+    kind: Literal["alias", "version", "tag", "nothing"] = Field(
+        "alias", description="An alias that is set, each new version, a tag on a version, or nothing at all."
+    )
+    name: str = Field("candidate", min_length=1, description="The name of the alias or tag.")
+
+    @property
+    def alias(self) -> str | None:
+        """The alias that is taken off a version once its rollout has ended."""
+        return self.name if self.kind == "alias" else None
+
+
 class Policy(_Strict):
     """One policy: the file that a delivery is judged by."""
 
     name: str = Field(alias="policy", pattern=r"^[a-z0-9][a-z0-9._-]*$")
     model: str | None = Field(None, description="The registered model it is meant for; any, if absent.")
+    trigger: Trigger = Trigger()
     target: Target = Target()
     prediction: Prediction = Prediction()
     checks: Validate = Field(Validate(), alias="validate")

@@ -21,6 +21,7 @@ def explain(policy: Policy) -> list[str]:
     replicas = f"{target.replicas} replica{'s' if target.replicas > 1 else ''}"
     return [
         f"Policy {policy.name}, for {whom}, on target {target.kind} ({target.hardware}, {replicas}).",
+        _trigger(policy),
         "",
         "Before any traffic:",
         *(f"  - {line}" for line in (*_checks(policy.checks), *_benchmark(policy.benchmark))),
@@ -51,6 +52,19 @@ def _approvals(asked: Approvals | None) -> list[str]:
         f"  - An approval counts for {duration(asked.expires)}.",
         f"  - Without that for {duration(asked.wait)} the rollout {then}. Going back never waits for anybody.",
     ]
+
+
+def _trigger(policy: Policy) -> str:
+    kind, name = policy.trigger.kind, policy.trigger.name
+    asks = {
+        "alias": f"the alias '{name}' set on a version",
+        "tag": f"the tag '{name}' set on a version",
+        "version": "each new version",
+    }.get(kind)
+    if asks is None:
+        return "Nothing in the registry asks for a delivery by it."
+    whose = "" if policy.model else " of a model whose tag lockgate.policy names this policy"
+    return f"In the registry {asks}{whose} asks for a delivery."
 
 
 def _checks(checks: Validate) -> list[str]:

@@ -8,6 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from policies.rollout import OUTCOMES, Rollout
+from policies.triggers import OUTCOME_TAG
 from tasks.ports import Ledger, Registry
 
 
@@ -19,18 +20,33 @@ def set_champion(registry: Registry, model: str, version: str, previous: str | N
 
 
 @task(name="tag the version", timeout_seconds=60, cache_policy=NO_CACHE)
-def tell(registry: Registry, rollout: str, state: Rollout, at: float) -> None:
-    """The version's tags say what happened to it, when, why and where that is written down."""
+def tell(registry: Registry, rollout: str, state: Rollout, at: float, alias: str | None) -> None:
+    """The version's tags say what happened to it, when, why and where that is written down.
+
+    The alias that may have asked for it is taken off: set anew, it asks anew.
+    """
     registry.tag(
         state.model,
         state.candidate,
         {
-            "lockgate.outcome": OUTCOMES.get(state.phase, str(state.phase)),
+            OUTCOME_TAG: OUTCOMES.get(state.phase, str(state.phase)),
             "lockgate.reason": state.reason,
             "lockgate.at": datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds"),
             "lockgate.rollout": rollout,
         },
     )
+    if alias is not None:
+        registry.drop_alias(state.model, alias, state.candidate)
+
+
+@task(name="settle what was asked for", timeout_seconds=60, cache_policy=NO_CACHE)
+def settle(registry: Registry, model: str, version: str, alias: str | None, outcome: str, reason: str) -> None:
+    """What the registry asked for came to an end without a rollout of this version: it is not asked for any more."""
+    listed = next((each for each in registry.listed(model) if each.version == version), None)
+    if listed is not None and OUTCOME_TAG not in listed.tags:
+        registry.tag(model, version, {OUTCOME_TAG: outcome, "lockgate.reason": reason})
+    if alias is not None:
+        registry.drop_alias(model, alias, version)
 
 
 @task(name="quarantine", timeout_seconds=60, cache_policy=NO_CACHE)

@@ -81,6 +81,24 @@ class ModelVersion:
 
 
 @dataclass(frozen=True)
+class Registered:
+    """A model as the registry lists it."""
+
+    model: str
+    tags: Mapping[str, str]
+    aliases: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A version as the registry lists it, whoever registered it; `made_at` in POSIX seconds."""
+
+    version: str
+    made_at: float
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A version's files on this machine; `onnx` has been checked against the version's digest."""
 
@@ -108,11 +126,20 @@ class Registry(Protocol):
     def versions(self, model: str) -> Sequence[ModelVersion]:
         """All versions of the model, oldest first; none for an unknown model."""
 
+    def models(self) -> Sequence[Registered]:
+        """All models, with their aliases."""
+
+    def listed(self, model: str) -> Sequence[Listed]:
+        """All versions of the model, oldest first, without a look at their bytes; none for an unknown model."""
+
     def fetch(self, version: ModelVersion) -> Bundle:
         """The version's files, digest checked. Raises Refused if the bytes are not those that were registered."""
 
     def set_alias(self, model: str, alias: str, version: str | None) -> None:
         """The alias names the version from now on, or nothing with None. Idempotent."""
+
+    def drop_alias(self, model: str, alias: str, version: str) -> None:
+        """The alias names the version no more; one that names another by now is left alone. Idempotent."""
 
     def tag(self, model: str, version: str, tags: Mapping[str, str]) -> None:
         """The tags are set on the version. Idempotent."""

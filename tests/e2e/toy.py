@@ -28,8 +28,10 @@ REQUEST = {"name": "X", "datatype": "FP32", "shape": [1, 4], "data": [0.1, 0.2, 
 COLUMNS = ("age", "income", "visits", "clicks")
 
 
-def make(folder: Path, seed: int = 1, columns: tuple[str, ...] = COLUMNS, label: str = "label") -> Path:
-    """Trains and writes model.onnx, validation.csv and expected.csv; returns the folder."""
+def make(
+    folder: Path, seed: int = 1, columns: tuple[str, ...] = COLUMNS, label: str = "label", flipped: bool = False
+) -> Path:
+    """Trains and writes model.onnx, validation.csv and expected.csv; returns the folder. `flipped`: on wrong labels."""
     from skl2onnx import to_onnx
     from sklearn.linear_model import LogisticRegression
 
@@ -37,7 +39,7 @@ def make(folder: Path, seed: int = 1, columns: tuple[str, ...] = COLUMNS, label:
     random = np.random.default_rng(seed)
     inputs = random.normal(size=(4000, len(columns))).astype(np.float32)
     truth = (inputs[:, 0] - inputs[:, 1] + random.normal(size=4000) > 0).astype(int)
-    model = LogisticRegression().fit(inputs[:2000], truth[:2000])
+    model = LogisticRegression().fit(inputs[:2000], 1 - truth[:2000] if flipped else truth[:2000])
     onnx = to_onnx(model, inputs[:1], options={"zipmap": False})
     (folder / "model.onnx").write_bytes(onnx.SerializeToString())
     _write(folder / "validation.csv", (*columns, label), np.column_stack([inputs[2000:], truth[2000:]]))

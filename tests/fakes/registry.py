@@ -13,7 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tasks.ports import BadInput, Bundle, Inspector, ModelVersion, NotThere, PortError, Refused, Submission
+from tasks.ports import (
+    BadInput,
+    Bundle,
+    Inspector,
+    Listed,
+    ModelVersion,
+    NotThere,
+    PortError,
+    Refused,
+    Registered,
+    Submission,
+)
 from tests.fakes.inspector import FakeInspector
 
 KINDS = ("validation", "reference", "expected")
@@ -79,6 +90,16 @@ class FakeRegistry:
         self._up()
         return list(self._versions.get(model, ()))
 
+    def models(self) -> Sequence[Registered]:
+        self._up()
+        return [
+            Registered(model, {}, {alias: number for (of, alias), number in self._aliases.items() if of == model})
+            for model in self._versions
+        ]
+
+    def listed(self, model: str) -> Sequence[Listed]:
+        return [Listed(each.version, float(each.version), each.tags) for each in self.versions(model)]
+
     def fetch(self, version: ModelVersion) -> Bundle:
         kept = self._kept(self.version(version.model, version.version))
         onnx = kept / "model.onnx"
@@ -92,6 +113,11 @@ class FakeRegistry:
             self._aliases.pop((model, alias), None)
         else:
             self._aliases[model, alias] = self.version(model, version).version
+
+    def drop_alias(self, model: str, alias: str, version: str) -> None:
+        self._up()
+        if self._aliases.get((model, alias)) == version:
+            del self._aliases[model, alias]
 
     def tag(self, model: str, version: str, tags: Mapping[str, str]) -> None:
         found = self.version(model, version)

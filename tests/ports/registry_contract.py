@@ -96,6 +96,24 @@ class RegistryContract:
         tags = registry.version(name, "1").tags
         assert (tags["outcome"], tags["why"]) == ("rolled back", "all gates")
 
+    def test_what_is_asked_for_can_be_seen_and_is_taken_back_from_the_version_that_it_named_only(
+        self, registry: Registry, make_model: MakeModel, name: str
+    ) -> None:
+        assert list(registry.listed(name)) == []
+        for seed in (1, 2):
+            registry.register(Submission(name, str(make_model(seed))))
+        registry.tag(name, "2", {"a": "b"})
+        registry.set_alias(name, "candidate", "2")
+        listed = registry.listed(name)
+        assert [each.version for each in listed] == ["1", "2"]
+        assert listed[0].made_at < listed[1].made_at
+        assert listed[1].tags["a"] == "b"
+        registry.drop_alias(name, "candidate", "1")
+        assert {each.model: dict(each.aliases) for each in registry.models()}[name] == {"candidate": "2"}
+        for _ in range(2):
+            registry.drop_alias(name, "candidate", "2")
+        assert {each.model: dict(each.aliases) for each in registry.models()}[name] == {}
+
     def test_what_was_measured_can_be_recorded_again(
         self, registry: Registry, make_model: MakeModel, name: str, tmp_path: Path
     ) -> None:

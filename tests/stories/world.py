@@ -59,6 +59,11 @@ class MemoryRegistry:
         self._up()
         self.aliases[alias] = version
 
+    def drop_alias(self, model: str, alias: str, version: str) -> None:
+        self._up()
+        if self.aliases.get(alias) == version:
+            del self.aliases[alias]
+
     def tag(self, model: str, version: str, tags: dict[str, str]) -> None:
         self._up()
         self.tags.setdefault(version, {}).update(tags)

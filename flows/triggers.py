@@ -1,0 +1,131 @@
+"""From what the registry asks for to flow runs of `deliver`, each once.
+
+A pass looks at how the registry, the ledger and Prefect stand; hints only make it come earlier. What is under way, by
+the ledger or by Prefect, is not started again, and the idempotency key of a run makes two passes at once start one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from flows.policy import Found, Shelf, find, shelf_in
+from flows.story import fold
+from policies.policy import PolicyError
+from policies.triggers import POLICY_TAG, Run, attempt, wanted
+from tasks.outcome import settle
+from tasks.ports import BadInput, Ledger, PortError, Registered, Registry
+
+REGISTRY = "registry"  # who asked, where an alias, a tag or a new version did
+_CANCELLED_TAG = "lockgate.cancelled"  # how many runs of a wish there were when a person cancelled the last
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A version that the registry asks for.
+
+    Its key has the time at which the version was made instead of its digest: that is known without reading the bytes
+    of a version that somebody else registered, and tells versions of one number apart as well.
+    """
+
+    model: str
+    version: str
+    made_at: float
+    policy: str
+    why: str
+    cancelled: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}/{self.version}@{self.made_at:.3f}"
+
+
+class Runs(Protocol):
+    """The flow runs that were started for wishes."""
+
+    def of(self, wish: Wish) -> Sequence[Run]:
+        """Those of this wish. Raises PortError."""
+
+    def start(self, wish: Wish, number: int) -> None:
+        """Run `number` of the wish is there, once however often it is asked for. Raises PortError."""
+
+
+@dataclass
+class Seen:
+    """What one pass did: the runs that it started, and what stood in the way of others."""
+
+    started: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def look(registry: Registry, ledger: Ledger, runs: Runs, shelf: Path, now: Callable[[], float]) -> Seen:
+    """One pass. Raises PortError if the registry, the ledger or Prefect cannot be reached."""
+    policies = shelf_in(shelf)
+    seen = Seen(left=dict(policies.unsound))
+    for each in registry.models():
+        try:
+            found = policy_for(policies, each)
+        except (BadInput, PolicyError) as exc:
+            seen.left[each.model] = str(exc)
+            continue
+        if found is None:
+            continue
+        for wish in wishes(registry, each, found):
+            if under_way(ledger, wish):
+                break
+            if _started(registry, runs, wish, found.policy.trigger.alias, now(), seen):
+                break  # the versions of one model go one after the other, oldest first
+    return seen
+
+
+def policy_for(shelf: Shelf, model: Registered) -> Found | None:
+    """The model's policy: the one that its tag names, else the one that names it. Raises BadInput, PolicyError."""
+    named = model.tags.get(POLICY_TAG)
+    if named is None:
+        return shelf.policy_for(model.model)
+    if "/" in named or "\n" in named:
+        raise BadInput(f"the tag {POLICY_TAG} of '{model.model}' must be the name of a policy, not '{named}'")
+    return find(shelf.folder, named)
+
+
+def wishes(registry: Registry, model: Registered, found: Found) -> list[Wish]:
+    """What is asked for, oldest version first."""
+    trigger = found.policy.trigger
+    if trigger.kind == "nothing" or (trigger.kind == "alias" and trigger.name not in model.aliases):
+        return []
+    listed = {each.version: each for each in registry.listed(model.model)}
+    asked = wanted(trigger, model.aliases, {number: each.tags for number, each in listed.items()})
+    why = "a new version" if trigger.kind == "version" else f"{trigger.kind} {trigger.name}"
+    return [
+        Wish(model.model, number, each.made_at, str(found.path), why, each.tags.get(_CANCELLED_TAG, ""))
+        for number, each in ((number, listed[number]) for number in asked)
+    ]
+
+
+def under_way(ledger: Ledger, wish: Wish) -> bool:
+    """Whether a rollout of the version has something left to do: also one that was started by hand."""
+    for name in ledger.unsettled():
+        state = fold(ledger.read(name))
+        if state is not None and (state.model, state.candidate) == (wish.model, wish.version):
+            return True
+    return False
+
+
+def _started(registry: Registry, runs: Runs, wish: Wish, alias: str | None, now: float, seen: Seen) -> bool:
+    """Starts a run for the wish if it is time; whether the model's later versions have to wait for this one."""
+    before = runs.of(wish)
+    if before and before[-1].cancelled and wish.cancelled != str(len(before)):
+        registry.tag(wish.model, wish.version, {_CANCELLED_TAG: str(len(before))})
+        settle.fn(registry, wish.model, wish.version, alias, "cancelled", "its flow run was cancelled by a person")
+        return False
+    number = attempt(before, now)
+    if number is not None:
+        try:
+            runs.start(wish, number)
+        except PortError as exc:
+            seen.left[wish.key] = str(exc)
+            return True
+        seen.started.append(f"{wish.model} v{wish.version} ({wish.why}, run {number})")
+    return True
