@@ -431,8 +431,15 @@ def _begin(
         "policy": policy.model_dump(mode="json", by_alias=True),
         "policy_digest": policy.digest,
         "request": request.model_dump(mode="json", exclude={"policy"}),
+        "flow_run": _flow_run(),
     }
     ports.ledger.append(name, 1, event.at, request.by or whoami(), kind, {**body, **extra})
+
+
+def _flow_run() -> str | None:
+    """The id of the Prefect run that this is part of: whoever cancels that means the rollout."""
+    context = FlowRunContext.get()
+    return str(context.flow_run.id) if context and context.flow_run else None
 
 
 def _log_moves() -> Callable[[Any], None]:

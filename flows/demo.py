@@ -7,7 +7,9 @@ year passes faster.
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,11 +100,18 @@ def play(json_file: Path | None, keep: Path | None, rate: float, out: Console, e
         return 2 if isinstance(exc, BadInput) else 3
     except KeyboardInterrupt:
         err.print("interrupted; stopping everything")
-        return 130
     finally:
         for child in children:
             child.stop()
         platform.stop()
+    return _leave(130)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process now. A vendor's thread that was interrupted while it started is waited for in vain at exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

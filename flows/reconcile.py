@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
@@ -22,6 +22,7 @@ from flows.checks import Preparation, run_checks
 from flows.deliver import BEGIN_S, Delivery, in_prefect, is_dead, request_submission, whoami
 from flows.rollback import proven_before
 from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abort, over
+from flows.runs import cancelled
 from flows.settings import Settings
 from flows.story import fold, policy_of
 from flows.wiring import configure, connect, triggers
@@ -38,6 +39,7 @@ _WORKERS = 16  # rollouts driven at once by one pass; the others wait for the ne
 
 ChecksOf = Callable[[Sequence[Entry]], Checks]
 Jobs = Sequence[Callable[[], None]]
+Cancelled = Callable[[Collection[str]], Collection[str]]  # of flow runs, by id, those that somebody has cancelled
 
 
 @dataclass
@@ -64,7 +66,7 @@ def reconcile(at_once: bool = False) -> dict[str, Any]:
     def checks_of(entries: Sequence[Entry]) -> Checks:
         return _checks(ports, entries, in_prefect)
 
-    done = reconcile_with(ports, whoami(), in_prefect, checks_of, at_once)
+    done = reconcile_with(ports, whoami(), in_prefect, checks_of, at_once, cancelled=cancelled)
     asked = triggers(Settings())
     done.started, done.left = asked.started, done.left | asked.left
     return asdict(done)
@@ -85,7 +87,7 @@ def keep_reconciling(every_s: float = _EVERY_S) -> NoReturn:
             def checks_of(entries: Sequence[Entry], ports: Ports = ports) -> Checks:
                 return _checks(ports, entries, directly)
 
-            done = reconcile_with(ports, whoami(), directly, checks_of, at_once)
+            done = reconcile_with(ports, whoami(), directly, checks_of, at_once, cancelled=cancelled)
             at_once = False
             for line in (*(f"{name}: {label}" for name, label in done.driven.items()), *done.mended):
                 print(line, flush=True)  # noqa: T201 - this is the process's log
@@ -111,9 +113,11 @@ def reconcile_with(
     at_once: bool = False,
     all_of: Callable[[Jobs], None] = side_by_side,
     observe: Observer = lambda _progress: None,
+    cancelled: Cancelled = lambda _runs: (),
 ) -> Pass:
     """One pass, on the given ports. What cannot be done now is named in `left`, and stands in nobody's way."""
     done = Pass()
+    _obey(ports, who, cancelled, done)
     jobs: list[Callable[[], None]] = []
     for name in ports.ledger.unsettled():
         entries = ports.ledger.read(name)
@@ -144,6 +148,22 @@ def _job(done: Pass, what: str, work: Callable[[], None]) -> Callable[[], None]:
 
 
 # ---------------------------------------------------------------- rollouts
+
+
+def _obey(ports: Ports, who: str, cancelled: Cancelled, done: Pass) -> None:
+    """Whoever cancels a delivery's flow run wants its rollout back, whether its process heard of it or was killed."""
+    of_run = {}
+    for name in ports.ledger.unsettled():
+        run = ports.ledger.read(name)[0].body.get("flow_run")
+        if run is not None:
+            of_run[run] = name
+    try:
+        stopped = cancelled(of_run.keys())
+    except PortError as exc:
+        done.left["cancelled flow runs"] = str(exc)
+        return
+    for run in stopped:
+        _job(done, of_run[run], partial(abort, ports, of_run[run], who, "its flow run was cancelled"))()
 
 
 def _abandoned(entries: Sequence[Entry], now: float) -> bool:
@@ -258,7 +278,7 @@ def _free(ports: Ports, model: str) -> None:
 def _amiss(ports: Ports, model: str) -> dict[str, tuple[Any, ...]]:
     """What is to be mended, with the task and its arguments."""
     route = ports.router.current(model)
-    if route is None or route.candidate is not None or route.stable is None:
+    if route is None or route.candidate is not None:
         return {}
     if any(_state(ports, name).model == model for name in ports.ledger.unsettled()):
         return {}
@@ -269,7 +289,7 @@ def _amiss(ports: Ports, model: str) -> dict[str, tuple[Any, ...]]:
     for version in ports.target.running(f"{model}.trial"):
         found[f"end trial of v{version}"] = (undeploy, ports.target, model, version, True)
     proven, previous = _last_proven(ports, model)
-    if proven == route.stable and _champion(ports, model) != proven:
+    if proven is not None and proven == route.stable and _champion(ports, model) != proven:
         found[f"champion is v{proven}"] = (set_champion, ports.registry, model, proven, previous)
     return found
 

@@ -1,8 +1,9 @@
-"""Flow runs on the Prefect server, as the triggers see them."""
+"""Flow runs on the Prefect server, as the triggers and the reconciler see them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,8 @@ from flows.deployments import POOL
 from flows.triggers import REGISTRY, Wish
 from policies.triggers import Run
 from tasks.ports import PortError
+
+_TIMEOUT_S = 5.0
 
 
 class PrefectRuns:
@@ -44,6 +47,62 @@ class PrefectRuns:
             )
 
 
+def cancelled(runs: Collection[str]) -> set[str]:
+    """Those of the flow runs, by id, that somebody has cancelled. Raises PortError, within seconds."""
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterState
+    from prefect.client.schemas.filters import FlowRunFilterStateType as Types
+    from prefect.client.schemas.objects import StateType
+
+    if not runs:
+        return set()
+    states = FlowRunFilterState(type=Types(any_=[StateType.CANCELLING, StateType.CANCELLED]))
+    with _client() as client:
+        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[*runs]), state=states))
+    return {str(each.id) for each in found}
+
+
+def end_dead() -> list[str]:
+    """Runs whose process on this machine is gone have crashed, so that nobody waits for them; their names.
+
+    A worker that lives says so itself; one that was killed together with its runs cannot. Only for a server whose
+    workers are all on this machine: a run's process is known by its number alone. Raises PortError.
+    """
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterTags
+    from prefect.client.schemas.filters import FlowRunFilterStateType as Types
+    from prefect.client.schemas.objects import State, StateType
+    from prefect.states import Cancelled, Crashed
+
+    ended = []
+    under_way = FlowRunFilterState(type=Types(any_=[StateType.RUNNING, StateType.CANCELLING]))
+    with _client() as client:
+        for each in client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[POOL]), state=under_way)
+        ):
+            if each.infrastructure_pid is None or _lives(each.infrastructure_pid):
+                continue
+            state = client.read_flow_run(each.id).state  # it may have ended, and said so, since it was listed
+            if state is None or state.is_final():
+                continue
+            why = "its process is gone; the ledger says what became of the rollout"
+            after: State[Any] = Cancelled(message=why) if state.is_cancelling() else Crashed(message=why)
+            client.set_flow_run_state(each.id, after, force=True)
+            ended.append(each.name)
+    return ended
+
+
+def _lives(pid: str) -> bool:
+    """Whether the process is there; what is no number of a process here is not judged."""
+    if not pid.isdecimal():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _tag(wish: Wish) -> str:
     return f"asked: {wish.key}"
 
@@ -61,7 +120,7 @@ def _client() -> Iterator[Any]:
     from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
     try:
-        with get_client(sync_client=True) as client:
+        with get_client(httpx_settings={"timeout": _TIMEOUT_S}, sync_client=True) as client:
             yield client
     except ObjectNotFound as exc:
         raise PortError("the Prefect server has no deployment deliver/deliver yet; the worker brings it") from exc

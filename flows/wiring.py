@@ -133,10 +133,12 @@ def subscribe(settings: Settings) -> None:
 
 def triggers(settings: Settings) -> Seen:
     """One look at what the registry asks for; deliveries are started for it. Raises PortError."""
-    from flows.runs import PrefectRuns
+    from flows.runs import PrefectRuns, end_dead
     from flows.triggers import look
 
     ports = connect(settings)
+    if settings.prefect_url is None:
+        end_dead()  # a run that nobody ends would stand before its wish for ever
     return look(ports.registry, ports.ledger, PrefectRuns(), settings.shelf, ports.clock.now)
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
+from flows.story import fold
 from infra.platform_local import running
+from infra.router_envoy import EnvoyRouter
 from tests.e2e import toy
 from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
 
@@ -78,6 +83,58 @@ def test_an_alias_is_all_that_a_delivery_needs_and_what_happened_is_told(platfor
         ),
         30,
     )  # each once
+
+
+def states(platform: Platform) -> dict[str, str]:
+    """Of the runs of deliveries: the state type of each, by the run's id."""
+    url = f"http://127.0.0.1:{platform.ports['PREFECT']}/api/flow_runs/filter"
+    found = httpx.post(url, json={"flow_runs": {"tags": {"all_": ["lockgate"]}}}).json()
+    return {run["id"]: run["state_type"] for run in found if "toy" in run["name"]}
+
+
+def in_shadow(platform: Platform, seed: int) -> tuple[Any, str, str]:
+    """A version that waits in its shadow stage, for want of traffic: MLflow's client, its number, its run's id."""
+    before = states(platform)
+    client, version = ask(platform, toy.make(platform.files / f"v{seed}", seed=seed))
+    router = EnvoyRouter(platform.home / "agent")
+    wait_until(lambda: (route := router.current("toy")) is not None and route.candidate == version, 120)
+    run = next(name for name in states(platform) if name not in before)
+    return client, version, run
+
+
+def test_who_cancels_the_flow_run_takes_the_traffic_back(platform: Platform) -> None:
+    client, version, run = in_shadow(platform, 11)
+    command = [sys.executable, "-m", "prefect", "flow-run", "cancel", run]
+    url = f"http://127.0.0.1:{platform.ports['PREFECT']}/api"
+    subprocess.run(command, env={**os.environ, "PREFECT_API_URL": url}, check=True, capture_output=True, timeout=60)
+    tags = settled(client, version)
+    assert tags["lockgate.outcome"] in ("rolled_back", "cancelled"), tags
+    wait_until(lambda: outcome_of(platform, version) == "rolled back: abort ordered: its flow run was cancelled", 60)
+    wait_until(lambda: states(platform)[run] == "CANCELLED", 60)
+
+
+def test_worker_and_delivery_killed_together_leave_no_run_that_nobody_ends(platform: Platform) -> None:
+    client, version, run = in_shadow(platform, 12)
+    for process in psutil.process_iter():
+        words = process.cmdline() if process.status() != psutil.STATUS_ZOMBIE else []
+        ours = process.environ().get("LOCKGATE_HOME") == str(platform.home) if words else False
+        if ours and ("flows.worker" in words or "prefect.engine" in words):
+            process.kill()
+    with Clients(platform.ports["GATEWAY"], "toy", toy.REQUEST) as traffic:
+        assert settled(client, version)["lockgate.outcome"] in ("promoted", "rolled_back")
+        wait_until(lambda: states(platform)[run] == "CRASHED", 60)
+    assert traffic.failed() == []
+
+
+def outcome_of(platform: Platform, version: str) -> str:
+    """How the ledger says that the version's newest rollout stands."""
+    book = platform.ledger()
+    try:
+        found = (fold(book.read(name)) for name in book.rollouts("toy"))
+        state = next(state for state in found if state is not None and state.candidate == version)
+        return f"{state.phase}: {state.reason}"
+    finally:
+        book.close()
 
 
 def test_forged_hints_are_refused_and_counted_and_true_ones_were_believed(platform: Platform) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
 
-from flows.reconcile import Jobs, Pass, reconcile_with
+from flows.reconcile import Cancelled, Jobs, Pass, reconcile_with
 from flows.rollout import Superseded
 from policies.events import Phase
 from policies.traffic import Route
-from tasks.ports import Deployment
+from tasks.ports import Deployment, PortError
 from tests.stories.world import MODEL, World, directly
 
 
@@ -24,17 +24,17 @@ def one_by_one(jobs: Jobs) -> None:
         job()
 
 
-def a_pass(world: World, at_once: bool = False) -> Pass:
+def a_pass(world: World, at_once: bool = False, cancelled: Cancelled = lambda _runs: ()) -> Pass:
     def checks_of(_entries: Sequence[Any]) -> Any:
         return world.controller().checks
 
-    return reconcile_with(world.ports, "reconciler", directly, checks_of, at_once, one_by_one)
+    return reconcile_with(world.ports, "reconciler", directly, checks_of, at_once, one_by_one, cancelled=cancelled)
 
 
-def dies_after(world: World, seconds: float) -> None:
+def dies_after(world: World, seconds: float, flow_run: str | None = None) -> None:
     """The rollout `r1` is claimed and driven, until its controller dies."""
     world.ledger.claim(MODEL, "local", "r1")
-    controller = world.controller(world.request())
+    controller = world.controller(world.request(flow_run=flow_run))
 
     def die() -> None:
         if world.clock.monotonic >= seconds:
@@ -64,6 +64,34 @@ def test_a_rollout_whose_controller_died_within_its_lease_goes_on_to_the_same_en
     assert done.driven == {"r1": "promoted"}
     assert world.router.current(MODEL) == Route(MODEL, stable="2", epoch=world.router.history[-1].epoch)
     assert world.ledger.claim(MODEL, "local", "next") == "next", "the model is free again"
+
+
+def test_a_rollout_whose_flow_run_was_cancelled_goes_back_though_its_process_was_killed_for_it() -> None:
+    world = World()
+    dies_after(world, 15.0, flow_run="run-1")
+    done = a_pass(world, at_once=True, cancelled=lambda runs: {"run-1"} & {*runs})
+    assert done.driven == {"r1": "rolled back"}
+    assert world.router.current(MODEL).stable == "1"  # type: ignore[union-attr]
+    assert world.ledger.quarantined("digest-2") is None, "nothing was shown against the bytes"
+
+
+def test_a_first_version_that_was_taken_back_and_started_late_all_the_same_is_ended() -> None:
+    world = World(first=True)
+    world.router.apply(Route(MODEL, stable=None, epoch=1))
+    world.target.deploy(Deployment(MODEL, "2", "digest-2", world.target.stored("digest-2") or "x"))  # type: ignore[arg-type]
+    assert a_pass(world).mended == [f"{MODEL}: undeploy v2"]
+    assert world.target.running(MODEL) == {}
+
+
+def test_a_prefect_server_that_is_away_keeps_no_rollout_waiting() -> None:
+    def away(_runs: Collection[str]) -> Collection[str]:
+        raise PortError("the Prefect server does not answer")
+
+    world = World()
+    dies_after(world, 15.0, flow_run="run-1")
+    done = a_pass(world, at_once=True, cancelled=away)
+    assert done.driven == {"r1": "promoted"}
+    assert "does not answer" in done.left["cancelled flow runs"]
 
 
 def test_a_rollout_whose_controller_died_for_longer_than_its_lease_ends_on_stable() -> None:
