@@ -25,7 +25,7 @@ from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abor
 from flows.runs import cancelled
 from flows.settings import Settings
 from flows.story import fold, policy_of
-from flows.wiring import configure, connect, triggers
+from flows.wiring import connect, triggers
 from policies.events import Phase
 from policies.policy import Policy
 from policies.rollout import Rollout, due
@@ -321,8 +321,3 @@ def _champion(ports: Ports, model: str) -> str | None:
     except NotThere:
         return None
     return named.version if named else None
-
-
-if __name__ == "__main__":
-    configure()
-    keep_reconciling()

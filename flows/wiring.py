@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from infra.labels_arrow import LabelStore
 
 
-_RECONCILER = Beside("Reconciler", "flows.reconcile")
+_RECONCILER = Beside("Reconciler", "flows.reconciler")
 _BESIDE = (
     _RECONCILER,
     Beside("Worker", "flows.worker", announces=True, children_outlive=True),
