@@ -93,6 +93,10 @@ class Actors:
             self.clock.pass_to(when)
             self._let_run(actor)
 
+    def busy(self, name: str) -> bool:
+        """Whether one whose name begins so has begun and not ended."""
+        return any(each.life is not None and not each.ended and each.name.startswith(name) for each in self.all)
+
     def end(self) -> None:
         """Nobody outlives the run."""
         while self._queue:

@@ -32,6 +32,7 @@ from tests.stories.world import MemoryRegistry, directly
 
 MODEL = "m"
 SETTLED_AFTER_S = 2400.0  # of calm: by then everything must have been brought to its end
+_MOMENT_S = 0.02
 _STEP_S = 20.0
 _PASS = [GateReport("quality", Verdict.PASS, "fine")]
 
@@ -184,6 +185,10 @@ class Run:
             self.clock.pass_to(self.clock.monotonic + 1e-3)
         # What is left over is mended by the next pass; the end is not in the middle of one.
         self.actors.run(self.clock.monotonic + 6.5 * made.every)
+        limit = self.clock.monotonic + SETTLED_AFTER_S
+        while self.actors.busy("reconcile") and self.clock.monotonic < limit:
+            self.actors.run(self.clock.monotonic + _MOMENT_S)
+            self.clock.pass_to(self.clock.monotonic + _MOMENT_S)
         self.rested = self.at_rest()
         self.actors.end()
         self.errors += [f"{a.name}: {a.error!r}" for a in self.actors.all if a.error is not None]
