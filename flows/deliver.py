@@ -379,7 +379,8 @@ def _wait_turn(
         state = fold(ports.ledger.read(other))
         waited = ports.clock.now() - seen.setdefault(other, ports.clock.now())
         if (state is None and waited > BEGIN_S) or (state is not None and over(state)):
-            ports.ledger.release(version.model, request.target, other)  # its controller died before it could
+            # Its controller died before it could, or before it began.
+            ports.ledger.release(version.model, request.target, other, unbegun=state is None)
             continue
         if state is not None and rule == "reject":
             return f"rollout {other} is under way, and the policy says on_conflict: reject"

@@ -272,7 +272,7 @@ def _free(ports: Ports, model: str) -> None:
         ports.clock.sleep(BEGIN_S)
         state = fold(ports.ledger.read(holder))
     if state is None or over(state):
-        ports.ledger.release(model, "local", holder)
+        ports.ledger.release(model, "local", holder, unbegun=state is None)
 
 
 def _amiss(ports: Ports, model: str) -> dict[str, tuple[Any, ...]]:

@@ -81,7 +81,7 @@ def _claim(ports: Ports, model: str, name: str, observer: Any, run: Runner) -> s
                 ports, holder, "local", Controller(ports, holder, whoami(), run, proven_before, observer).drive
             )
         if (state is not None and over(state)) or ports.clock.now() >= limit:
-            ports.ledger.release(model, "local", holder)
+            ports.ledger.release(model, "local", holder, unbegun=state is None)
         else:
             ports.clock.sleep(0.2)
     return name

@@ -206,12 +206,13 @@ class SqlLedger:
                 return str(holder)
         raise PortError(f"{self._where}: the claim on {model} at {target} changes hands too fast")
 
-    def release(self, model: str, target: str, rollout: str) -> None:
-        table = schema.claims
+    def release(self, model: str, target: str, rollout: str, unbegun: bool = False) -> None:
+        table, entries = schema.claims, schema.entries
+        mine = sa.delete(table).where(table.c.model == model, table.c.target == target, table.c.rollout == rollout)
+        if unbegun:
+            mine = mine.where(~sa.exists().where(entries.c.rollout == rollout))
         with self._write() as connection:
-            connection.execute(
-                sa.delete(table).where(table.c.model == model, table.c.target == target, table.c.rollout == rollout)
-            )
+            connection.execute(mine)
 
     # ------------------------------------------------------------ quarantine
 

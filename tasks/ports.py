@@ -366,8 +366,8 @@ class Ledger(Protocol):
         """Makes it the active rollout of the model on the target; returns the active one's id, which is another's
         if that came first."""
 
-    def release(self, model: str, target: str, rollout: str) -> None:
-        """The rollout is active no more. Idempotent."""
+    def release(self, model: str, target: str, rollout: str, unbegun: bool = False) -> None:
+        """The rollout is active no more; `unbegun`: unless anything of it is written by now. Idempotent."""
 
     def quarantine(self, digest: str, reason: str, rollout: str) -> None:
         """These bytes are not to serve again. Idempotent."""

@@ -106,10 +106,11 @@ class FakeLedger:
         self.after("claim")
         return holder
 
-    def release(self, model: str, target: str, rollout: str) -> None:
+    def release(self, model: str, target: str, rollout: str, unbegun: bool = False) -> None:
         self._up("release")
         with self._lock:
-            if self._claims.get((model, target)) == rollout:
+            begun = unbegun and bool(self._books.get(rollout))
+            if self._claims.get((model, target)) == rollout and not begun:
                 del self._claims[model, target]
         self.after("release")
 

@@ -269,6 +269,17 @@ class LedgerContract:
         ledger.release("m", "local", "r1")
         assert ledger.claim("m", "local", "r3") == "r2"
 
+    def test_a_claim_that_was_thought_dead_is_not_taken_from_a_rollout_that_has_begun_meanwhile(
+        self, ledger: Ledger
+    ) -> None:
+        ledger.claim("m", "local", "r1")
+        ledger.append("r1", 1, 0.0, "somebody", "note", {})
+        ledger.release("m", "local", "r1", unbegun=True)
+        assert ledger.claim("m", "local", "r2") == "r1"
+        ledger.claim("n", "local", "r3")
+        ledger.release("n", "local", "r3", unbegun=True)
+        assert ledger.claim("n", "local", "r4") == "r4"
+
     # ------------------------------------------------------------ quarantine
 
     def test_bytes_are_in_quarantine_until_somebody_lifts_it_on_the_record(
