@@ -190,7 +190,8 @@ def _of_rest(run: Run, books: dict[str, list[Entry]]) -> Iterator[str]:
     states = [state for book in books.values() if (state := fold(book)) is not None]
     promoted = [state for state in states if state.phase is Phase.PROMOTED]
     last = max(promoted, key=lambda state: state.epoch).candidate if promoted else (None if run.made.first else "1")
-    if route.stable != last:
+    halted = {state.candidate for state in states if state.phase is Phase.HALTED}  # who serves is a person's to say
+    if route.stable != last and route.stable not in halted:
         yield f"3: v{route.stable} serves, the ledger's last proven version is v{last}"
     if route.stable and run.registry.aliases.get("champion") != route.stable:
         yield f"3: v{route.stable} serves, the champion is v{run.registry.aliases.get('champion')}"
