@@ -103,8 +103,17 @@ def play(json_file: Path | None, keep: Path | None, rate: float, out: Console, e
     finally:
         for child in children:
             child.stop()
+        _send_logs()
         platform.stop()
     return _leave(130)
+
+
+def _send_logs() -> None:
+    """What the flows have logged is in Prefect before its server stops: the last run's lines, too."""
+    if "prefect" in sys.modules:
+        from prefect.logging.handlers import APILogHandler
+
+        APILogHandler().flush()
 
 
 def _leave(code: int) -> NoReturn:

@@ -72,7 +72,11 @@ def validate(routes: list[Route], folder: Path) -> None:
     path = folder / "envoy.json"
     path.write_text(json.dumps(bootstrap))
     done = subprocess.run(
-        [binary(), "--mode", "validate", "-c", path, "-l", "error"], capture_output=True, text=True, timeout=60
+        [binary(), "--mode", "validate", "-c", path, "-l", "error"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=folder,  # it opens the access log, too
     )
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr
