@@ -21,7 +21,7 @@ from serving.settings import HttpLimits
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-_HEADS_MAX = 256  # heads that are remembered: clients send the same one again and again
+_HEADS_MAX = 256  # heads that are remembered: clients send the same one again and again (Envoy's have ids, and differ)
 _HEAD_LENGTH_MAX = 2048  # bytes; longer ones are not
 # A head with one of these will not come again, or is more than a head (and a secret is not kept longer than needed).
 _UNLIKE = (b"x-request-id", b"traceparent", b"authorization", b"cookie", b"transfer-encoding", b"expect")

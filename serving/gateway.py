@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import PurePath
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 import orjson
 
@@ -75,14 +75,6 @@ def cluster_name(role: str, model: str, version: str) -> str:
     Dots, slashes and colons are escaped: Envoy builds the names of its statistics from these parts.
     """
     return "/".join([role, _escaped(model), _escaped(version)])
-
-
-def cluster_parts(name: str) -> tuple[str, str, str] | None:
-    """The role, model and version that a name from `cluster_name` stands for; None for any other name."""
-    parts = name.split("/")
-    if len(parts) != 3 or parts[0] not in ("live", "shadow", "rescue"):
-        return None
-    return parts[0], unquote(parts[1]), unquote(parts[2])
 
 
 def arm_name(model: str, version: str, stable: str | None) -> str:

@@ -2,8 +2,8 @@
 
 Its state is one file; `begin` makes the machine be as the file says, going on with the processes that survived a killed
 agent. A change of traffic is answered once it is on disk and in force; both are waited for at once, since a disk may
-take longer than all the rest. An agent that dies in between has answered nobody, and goes on from the former state. One
-coroutine at a time changes anything.
+take longer than all the rest. An agent that dies in between has answered nobody, and goes on from the former state or
+the new one. One coroutine at a time changes anything.
 """
 
 from __future__ import annotations
@@ -210,6 +210,8 @@ class Agent:
         elif isinstance(written, BaseException):
             self._hold(model, before)
             await self._apply()
+            with contextlib.suppress(NotDurable):  # the route that is refused may have come under its name all the same
+                await asyncio.to_thread(self._save, self._specs())
             raise written
         if isinstance(applied, BaseException):
             raise applied
@@ -226,7 +228,7 @@ class Agent:
             held = routes.renewed(self._held.get(model), model, epoch, since_boot())
             self._held[model] = held
             with contextlib.suppress(NotDurable):  # a restart would then find the older renewal: shorter, never longer
-                self._save(self._specs())
+                await asyncio.to_thread(self._save, self._specs())
             return held.lease_left_s(since_boot())
 
     def events(self, after: int) -> list[dict[str, Any]]:
@@ -259,8 +261,12 @@ class Agent:
             await asyncio.sleep(LEASE_CHECK_S)
             try:
                 async with self._lock:
-                    if self._end_leases() or self._unapplied:
+                    ended = self._end_leases()
+                    if ended or self._unapplied:
                         await self._apply_or_suspend()
+                    if ended:  # not before: traffic does not wait for a disk
+                        with contextlib.suppress(NotDurable):  # a restart finds the lease over again
+                            await asyncio.to_thread(self._save, self._specs())
             except Exception:  # noqa: BLE001 - nothing may end the enforcement of leases; it is logged in full
                 _log.exception("the lease check failed; it goes on")
 
@@ -320,9 +326,6 @@ class Agent:
             says = f"the lease of epoch {epoch} for {model} ran out: all traffic goes back to version {route.stable}"
             self._tell("lease-lost", says, model=model, epoch=epoch, candidate=route.candidate)
             ended = self._unapplied = True
-        if ended:
-            with contextlib.suppress(NotDurable):  # a restart finds the lease over again
-                self._save(self._specs())
         return ended
 
     # --- the gateway ---

@@ -51,6 +51,7 @@ class _Segment:
     def clear(self) -> None:
         """Forgets the rows."""
         self.filled = 0
+        self.text_bytes = 0  # that the rows' strings hold, beyond the columns
         self.ids: list[str] = []
         self.rows: list[int] = []  # per id
         self.counts: list[int] = []  # rows per batch, of which these are the time and the status:
@@ -96,7 +97,9 @@ class Samples:
         self._settings, self._epoch, self._metrics = settings, epoch, metrics
         self._inputs = [spec for spec in inputs if _columns(spec)]
         row_bytes = sum(_columns(spec) * spec.datatype.numpy.itemsize for spec in self._inputs)
-        room = min(settings.rows_max, settings.bytes_max // max(1, row_bytes))
+        self._texts = [spec.name for spec in self._inputs if spec.datatype.numpy.kind == "O"]
+        self._segment_bytes = settings.bytes_max // 2  # one is filled while the other is written
+        room = min(settings.rows_max, self._segment_bytes // max(1, row_bytes))
         self._lock = threading.Lock()  # held while one batch is copied or the segments change, never over a file
         self._filling, self._spare = _Segment(self._inputs, room), _Segment(self._inputs, room)
         self._written = 0
@@ -133,11 +136,13 @@ class Samples:
         count = len(predictions)
         if not count:
             return
+        text_bytes = sum(len(value) for name in self._texts if name in feeds for value in feeds[name].flat)
         with self._lock:
             segment = self._filling
-            if segment.filled + count > segment.room:
+            if segment.filled + count > segment.room or segment.text_bytes + text_bytes > self._segment_bytes:
                 self._metrics.samples_dropped += count
             else:
+                segment.text_bytes += text_bytes
                 segment.add(ids, rows, feeds, predictions, status)
 
     def _write_on(self) -> None:

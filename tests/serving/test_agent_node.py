@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from policies.traffic import Route
 from serving import gateway, node
 from serving.agent_errors import NotDurable
-from serving.durable import put_in_place
+from serving.durable import put_in_place, write_durably
 from serving.supervisor import VersionSpec
 
 PATH = "/v2/models/m"
@@ -49,7 +50,7 @@ def agent(tmp_path: Path, envoy: NotingEnvoy) -> node.Agent:
     for version in ("1", "2"):
         replica = SimpleNamespace(endpoint=f"unix:{version}.sock", ready=True)
         spec = VersionSpec("m", version, "0" * 64)
-        made._runners["m", version] = SimpleNamespace(spec=spec, replicas=[replica], ready=1)  # type: ignore[assignment]
+        made._runners["m", version] = SimpleNamespace(spec=spec, replicas=[replica], ready=1, suspended=False)  # type: ignore[assignment]
     return made
 
 
@@ -71,6 +72,43 @@ def test_the_gateway_does_not_wait_for_the_disk_but_the_answer_does(
     monkeypatch.setattr(node, "put_in_place", slow)
     asyncio.run(agent.set_route(canary(10, epoch=1)))
     assert envoy.weights == [10]
+    assert on_disk(agent) == 10
+
+
+def test_a_lease_that_is_over_ends_the_share_before_the_disk_is_waited_for(
+    agent: node.Agent, envoy: NotingEnvoy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(path: Path, data: bytes) -> None:
+        assert 0 in envoy.weights, "the disk was waited for first"
+        write_durably(path, data)
+
+    async def lapse() -> None:
+        await agent.set_route(replace(canary(10, epoch=1), lease_s=0.2))
+        monkeypatch.setattr(node, "write_durably", slow)
+        keeping = asyncio.create_task(agent._keep_leases())
+        async with asyncio.timeout(20):
+            while agent._held["m"].lost is None or on_disk(agent):  # noqa: ASYNC110 - nobody is told when it is on disk
+                await asyncio.sleep(0.05)
+        keeping.cancel()
+
+    asyncio.run(lapse())
+    assert envoy.weights == [10, 0]
+
+
+def test_a_route_that_was_refused_after_it_had_its_name_on_disk_is_not_found_there(
+    agent: node.Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def renamed_and_not_synced(aside: Path, path: Path) -> None:
+        put_in_place(aside, path)
+        raise NotDurable("input/output error")
+
+    async def grow() -> None:
+        await agent.set_route(canary(10, epoch=1))
+        monkeypatch.setattr(node, "put_in_place", renamed_and_not_synced)
+        with pytest.raises(NotDurable):
+            await agent.set_route(canary(20, epoch=2))
+
+    asyncio.run(grow())
     assert on_disk(agent) == 10
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serving import connection
 from serving.batching import Batcher, Limits, Predictor
 from serving.connection import Host
 from serving.endpoints import Endpoints
@@ -110,7 +111,6 @@ def infer(*values: float, head: bytes = b"") -> bytes:
 
 
 def test_a_head_that_came_before_means_the_same_again_however_its_bytes_come(model: Model) -> None:
-    """It is not read by the parser then, unless the request comes in pieces or with others."""
     first, other = infer(0, 0, 0, 0), infer(9, 9, 9, 9)
 
     async def story(here: Here, port: Any) -> None:
@@ -125,6 +125,23 @@ def test_a_head_that_came_before_means_the_same_again_however_its_bytes_come(mod
             assert scores == [b"0.5" if request[:-4].endswith(b"0") else b"1.0" for request in _cut(b"".join(ahead))]
         assert len(here.host.heads) == 1
         assert statuses(await talk(port, first[:-10])) == []
+
+    told(model, story)
+
+
+def test_a_head_that_came_before_needs_no_parser(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent by itself and whole, as clients do that wait for their answer. Envoy's have a request id, and are parsed."""
+
+    class Unread:
+        def __init__(self, _connection: object) -> None: ...
+
+        def feed_data(self, data: bytes) -> None:
+            raise AssertionError(data)
+
+    async def story(here: Here, port: Any) -> None:
+        assert statuses(await talk(port, infer(0, 0, 0, 0))) == [200]
+        monkeypatch.setattr(connection.httptools, "HttpRequestParser", Unread)
+        assert statuses(await talk(port, infer(9, 9, 9, 9))) == [200]
 
     told(model, story)
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving import protocol
 from serving.errors import Malformed, Refused
 from serving.model import Signature
 from serving.protocol import BINARY, Call, Identity, InferenceProtocol
@@ -130,6 +131,16 @@ def test_the_same_words_around_other_numbers_mean_the_same_and_are_checked_as_be
             except Refused as refusal:
                 outcomes.append(str(refusal))
         assert repr(outcomes[0]) == repr(outcomes[1])
+
+
+@pytest.mark.parametrize(("before", "after"), FORMS[:2])
+def test_around_other_numbers_nothing_is_parsed_again(
+    before: bytes, after: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = InferenceProtocol(ONE)
+    codec.decode(before + b"[1,2]" + after)
+    monkeypatch.setattr(protocol, "parse", None)
+    assert codec.decode(before + b"[3, 4.5]" + after).feeds["f"].tolist() == [[3, 4.5]]
 
 
 def test_an_answer_names_the_id_whatever_came_before() -> None:

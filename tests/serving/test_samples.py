@@ -55,6 +55,16 @@ def test_a_row_is_kept_as_it_was(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_long_strings_count_towards_the_bound_of_what_waits(tmp_path: Path) -> None:
+    samples, metrics = sampler(tmp_path, bytes_max=1_000_000)
+    long = {"f": np.zeros((1, 2), np.float32), "s": np.array(["x" * 100_000], dtype=object)}
+    for number in range(20):
+        samples.keep([f"r{number}"], [1], long, np.array([0.5]), 200)
+    samples.write()
+    assert 1 <= metrics.samples <= 5
+    assert metrics.samples + metrics.samples_dropped == 20
+
+
 def test_of_what_was_not_drawn_by_chance_no_row_is_kept(tmp_path: Path) -> None:
     samples, metrics = sampler(tmp_path)
     samples.keep(["a", UNSAMPLED, "b"], [1, 2, 1], feeds(4), np.array([0.1, 0.2, 0.3, 0.4]), 200)

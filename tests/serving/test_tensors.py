@@ -75,7 +75,7 @@ NUMBERS = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infini
 
 
 @given(
-    name=st.sampled_from(["FP16", "FP32", "FP64"]),
+    name=st.sampled_from(["FP32", "FP64"]),
     data=st.lists(NUMBERS | st.sampled_from([None, True, "1", [], [1], [[1.5], 2], -0.0, 1e39, 1e-320]), max_size=6),
     more=st.sampled_from([b"", b" ", b"]", b",1", b"]]"]),
 )
@@ -100,7 +100,8 @@ def test_only_flat_lists_of_the_right_length_are_read_from_text() -> None:
     assert from_text(spec("FP32", 2), [2], b"[1, 2.5]") is not None
     for text in (b"[1]", b"[1,2,3]", b"[[],[1,2]]", b"[[1,2]]", b"[1,null]", b"[1,true]", b"[1,2", b"3", b"{}"):
         assert from_text(spec("FP32", 2), [2], text) is None
-    assert from_text(spec("INT64", 2), [2], b"[1,2]") is None
+    for name in ("INT64", "FP16"):  # halves: 1 + 2**-11 + 2**-30 is rounded to single precision first, as by the parser
+        assert from_text(spec(name, 2), [2], b"[1,2]") is None
     with pytest.raises(OffContract, match="finite"):
         from_text(spec("FP32", 2, finite=True), [2], b"[1,1e39]")
 
