@@ -45,9 +45,14 @@ def needed(terms: Terms, to: int) -> bool:
     return promotion or (terms.approvals.before == "canary" and terms.stops[to].weight > 0)
 
 
+def standing(quorum: Quorum, question: Question, at: float) -> set[str]:
+    """Who has approved, where the approval has not expired."""
+    return {who for who, when in question.given if at < when + quorum.expires_s}
+
+
 def granted(quorum: Quorum, question: Question, at: float) -> bool:
-    """Whether enough people have approved, and their approvals have not expired."""
-    return len({who for who, when in question.given if at < when + quorum.expires_s}) >= quorum.count
+    """Whether enough people have approved."""
+    return len(standing(quorum, question, at)) >= quorum.count
 
 
 def with_approval(question: Question, by: str, at: float) -> tuple[tuple[str, float], ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from policies.traffic import KEY_HEADER, TENANT_HEADER, Key, Rule
+from policies.traffic import KEY_HEADER, RULED_VALUES_MAX, TENANT_HEADER, Key, Rule
 
 
 def _header(name: str) -> str:
@@ -18,8 +18,18 @@ def _cookie(name: str) -> str:
     return Key("cookie", name).name
 
 
+def _distinct(headers: object) -> object:
+    if isinstance(headers, dict):
+        lower = [str(name).lower() for name in headers]
+        twice = [name for name in lower if lower.count(name) > 1]
+        if twice:
+            raise ValueError(f"header '{twice[0]}' is named twice: upper and lower case are one in HTTP")
+    return headers
+
+
 _Header = Annotated[str, AfterValidator(_header)]
 _Values = tuple[str, ...]
+_Headers = Annotated[dict[_Header, Annotated[_Values, Field(min_length=1)]], BeforeValidator(_distinct)]
 
 
 class Matching(BaseModel):
@@ -29,7 +39,7 @@ class Matching(BaseModel):
 
     users: _Values = Field((), description="Values of `user_header`, or of `user_cookie`.")
     tenants: _Values = Field((), description="Values of `tenant_header`.")
-    headers: dict[_Header, Annotated[_Values, Field(min_length=1)]] = Field({}, description="Header: its values.")
+    headers: _Headers = Field({}, description="Header: its values.")
 
 
 class Audience(BaseModel):
@@ -49,6 +59,10 @@ class Audience(BaseModel):
 
     @model_validator(mode="after")
     def _apart(self) -> Audience:
+        if self.user_cookie is not None and self.user_header != KEY_HEADER:
+            raise ValueError("a user is known by `user_header` or by `user_cookie`, not by both")
+        if sum(len(rule.values) for rule in self.rules) > RULED_VALUES_MAX:
+            raise ValueError(f"more than {RULED_VALUES_MAX} values in `always` and `never` together")
         never = {(rule.key, value) for rule in self._rules("stable") for value in rule.values}
         for rule in self._rules("candidate"):
             both = [value for value in rule.values if (rule.key, value) in never]

@@ -217,7 +217,7 @@ def _compared(gate: LiveDrift, group: Group, limit: float, seen: Seen) -> GateRe
         needs = few
     elif p_half <= limit and furthest.statistic >= gate.threshold:
         verdict, needs = Verdict.FAIL, ""
-        says += f": drift of more than {gate.threshold:g}; chance of this without one: below {p_half**2:.1g}"
+        says += f": drift of {gate.threshold:g} or more; chance of this without one: below {p_half**2:.1g}"
     elif high < gate.threshold:
         verdict, needs = Verdict.PASS, ""
         says += f": less than {gate.threshold:g}"
@@ -354,8 +354,9 @@ class Steps:
 def steps(rules: Monitor, reports: Sequence[GateReport], standing: Iterable[str], went_back: bool) -> Steps:
     """What follows from the reports, where these alarms stood after the look before at the same version.
 
-    An alarm ends when all its gates pass, not when nobody could look. Only its beginning acts. A version that came
-    back by a rollback (`went_back`) is not taken back itself: two versions that both drift would take turns for ever.
+    An alarm ends when all its gates pass or none is asked any more, not when nobody could look. Only its beginning
+    acts. A version that came back by a rollback (`went_back`) is not taken back itself: two versions that both drift
+    would take turns for ever.
     """
     words: dict[str, list[Verdict]] = {}
     for report in reports:

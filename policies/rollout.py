@@ -427,7 +427,8 @@ def _on_time(state: Rollout, event: Event) -> Rollout:
 def _unanswered(state: Rollout, event: Event) -> Rollout:
     assert state.question is not None
     assert state.terms.approvals is not None
-    answered = f"{len(state.question.given)} of {state.terms.approvals.count} approvals"
+    given = approval.standing(state.terms.approvals, state.question, event.at)
+    answered = f"{len(given)} of {state.terms.approvals.count} approvals"
     reason, then = f"{answered} in {event.at - state.question.at:.0f} s", state.terms.approvals.on_silence
     blind = event.at < state.question.at + state.terms.approvals.wait_s
     if blind:
@@ -472,7 +473,10 @@ def _on_ordered(state: Rollout, event: Event) -> Rollout:
         waited = max(event.at - max(state.paused_at, state.since), 0.0)
         since = max(state.since + waited, event.at - _length(state))
         question = replace(state.question, at=event.at) if state.question else None
-        return _with(state, paused_at=None, since=since, reason=why, moved_by=event.number, question=question)
+        blind = None if state.blind_since is None else event.at
+        return _with(
+            state, paused_at=None, since=since, blind_since=blind, reason=why, moved_by=event.number, question=question
+        )
     raise Illegal(state, event)
 
 

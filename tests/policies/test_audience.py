@@ -62,6 +62,9 @@ def test_explain_says_who_always_and_who_never_meets_the_candidate() -> None:
         ("user_header: X-User", "user_cookie: 'a;b'", "'a;b' cannot be the name of a cookie"),
         ("[ann, bob]", '["ann\\n"]', "cannot be the value of a header"),
         ('["1", "yes"]', "[]", "at least 1 item"),
+        ("{tenants: [bank]}", "{headers: {X-A: [vip], x-a: [bank]}}", "header 'x-a' is named twice"),
+        ("{tenants: [bank]}", f"{{users: [{', '.join(f'u{n}' for n in range(1000))}]}}", "more than 1000 values"),
+        ("user_header: X-User", "user_header: X-User\n    user_cookie: session", "not by both"),
         ("    - canary: {weight: 5, for: 5m}\n", "", "`audience.always` needs a canary stage"),
     ],
 )

@@ -586,6 +586,19 @@ def test_a_resume_after_the_evidence_did_not_suffice_gives_the_stage_time_again(
     assert state.paused_at is None
 
 
+def test_a_resume_of_a_wait_in_which_nobody_could_look_gives_the_grace_anew() -> None:
+    state = looks((90.0, Verdict.HOLD), (150.0, Verdict.PASS), on_exhausted="pause", pause_max_s=5000.0, approvals=TWO)
+    assert state.question is not None
+    for event in (
+        Looked(NOW + 160, 90, Verdict.ERROR, "no answer"),
+        Ordered(NOW + 161, 91, "pause"),
+        Ordered(NOW + 1000, 92, "resume"),
+        Ticked(NOW + 1001, 93),
+    ):
+        state, _ = step(state, event)
+    assert state.paused_at is None
+
+
 def test_a_version_that_is_taken_back_is_not_named_champion_any_more() -> None:
     for name, first in KINDS_OF_ROLLOUT.items():
         for state in states(explore(first)):
