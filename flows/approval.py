@@ -113,7 +113,7 @@ def answer(
     Raises `rollout.Illegal`, whose message says why it cannot be taken.
     """
 
-    def event(_state: Rollout) -> Answered:
+    def event() -> Answered:
         seen = (question["digest"], question["evidence_hash"])
         return Answered(clock.now(), 0, by, answered, *seen, reason=reason, ticket=ticket)
 

@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from flows.cli_approval import approve
 from flows.cli_record import audit_app, quarantine_app
-from flows.settings import Settings
+from flows.settings import Settings, read_settings
 
 if TYPE_CHECKING:
     from flows.policy import Found
 
 DONE, REFUSED, USAGE, UNFINISHED = 0, 1, 2, 3
-_PORTS = ("prefect_port", "mlflow_port", "gateway_port", "trigger_port", "evidently_port")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,14 +50,6 @@ def _fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _settings() -> Settings:
-    try:
-        return Settings()
-    except ValidationError as exc:
-        told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors())
-        _fail(f"the settings (LOCKGATE_* variables, lockgate.toml) cannot be used: {told}", USAGE)
-
-
 def _print(document: Any) -> None:
     out.print_json(json.dumps(document, default=str))
 
@@ -71,7 +61,7 @@ def _policy(wanted: Path) -> Found:
     from tasks.ports import BadInput
 
     try:
-        return find(_settings().shelf, str(wanted))
+        return find(read_settings().shelf, str(wanted))
     except (BadInput, PolicyError) as exc:
         _fail(str(exc), USAGE)
 
@@ -91,9 +81,15 @@ def up(
     """Start the local platform: Prefect, MLflow, node agent with gateway, worker, receiver, reconciler."""
     from flows import platform
 
-    asked = (prefect_port, mlflow_port, gateway_port, trigger_port, evidently_port)
-    ports = {name: port for name, port in zip(_PORTS, asked, strict=True) if port}
-    settings = Settings.model_validate({**_settings().model_dump(), **ports})
+    asked = {
+        "prefect_port": prefect_port,
+        "mlflow_port": mlflow_port,
+        "gateway_port": gateway_port,
+        "trigger_port": trigger_port,
+        "evidently_port": evidently_port,
+    }
+    ports = {name: port for name, port in asked.items() if port}
+    settings = Settings.model_validate({**read_settings().model_dump(), **ports})
     raise typer.Exit(platform.up(settings, detach, out, err))
 
 
@@ -102,7 +98,7 @@ def down() -> None:
     """Stop the local platform. The data stays."""
     from flows import platform
 
-    raise typer.Exit(platform.down(_settings(), out))
+    raise typer.Exit(platform.down(read_settings(), out))
 
 
 @app.command(epilog="Example: lockgate status --json")
@@ -110,7 +106,7 @@ def status(as_json: Json = False) -> None:
     """What runs, where it is, and how each model stands."""
     from flows.overview import overview
 
-    seen = overview(_settings())
+    seen = overview(read_settings())
     if as_json:
         _print(seen)
         return
@@ -170,7 +166,7 @@ def deliver(
         },
         "reason": reason,
     }
-    code, outcome = run_delivery(_settings(), request, None if as_json else out, err)
+    code, outcome = run_delivery(read_settings(), request, None if as_json else out, err)
     if as_json and outcome is not None:
         _print(outcome)
     raise typer.Exit(code)
@@ -190,7 +186,7 @@ def rollback(model: Model, reason: Reason = "", as_json: Json = False) -> None:
     """Back to the former version: aborts a rollout under way, or brings the last proven version back."""
     from flows.run import run_rollback
 
-    code, outcome = run_rollback(_settings(), model, reason, None if as_json else out, err)
+    code, outcome = run_rollback(read_settings(), model, reason, None if as_json else out, err)
     if as_json and outcome is not None:
         _print(outcome)
     raise typer.Exit(code)
@@ -203,7 +199,7 @@ def watch(model: Model, as_json: Json = False) -> None:
     from flows.overview import newest
     from flows.wiring import ledger
 
-    book = ledger(_settings())
+    book = ledger(read_settings())
     name = newest(book, model)
     if name is None:
         _fail(f"the ledger has no rollout of model '{model}'", USAGE)
@@ -219,7 +215,7 @@ def watch(model: Model, as_json: Json = False) -> None:
 def _order(model: str, what: str, reason: str, as_json: bool) -> None:
     from flows.run import give_order
 
-    code, message = give_order(_settings(), model, what, reason)
+    code, message = give_order(read_settings(), model, what, reason)
     if code != DONE:
         _fail(message, code)
     _print({"model": model, "order": what, "state": message}) if as_json else out.print(
@@ -260,7 +256,7 @@ def explain(
     from flows.explain import explained, lines
     from flows.wiring import ledger
 
-    found = explained(ledger(_settings()), name)
+    found = explained(ledger(read_settings()), name)
     _print(found) if as_json else out.print("\n".join(lines(found)), markup=False)
 
 
@@ -273,7 +269,7 @@ def labels(
     """Take in the truth on earlier requests, by their request id, for the quality gate. The later label wins."""
     from flows.wiring import label_store
 
-    count = label_store(_settings()).add(model, file)
+    count = label_store(read_settings()).add(model, file)
     _print({"model": model, "labels": count}) if as_json else out.print(f"{model}: {count:,} labels stored")
 
 
@@ -288,7 +284,7 @@ def monitor(
     """Look now at what serves: drift, data, quality. Exit 1 where something is amiss, 3 where it could not be told."""
     from flows.run import run_monitor
 
-    code, look = run_monitor(_settings(), model, str(policy) if policy else None, None if as_json else out, err)
+    code, look = run_monitor(read_settings(), model, str(policy) if policy else None, None if as_json else out, err)
     if as_json and look is not None:
         _print(look)
     raise typer.Exit(code)
@@ -321,7 +317,7 @@ def plan(
     if measured is not None:
         from flows.wiring import connect
 
-        traffic = replace(planning.measure(connect(_settings()), measured, parsed), label_lag_s=label_lag)
+        traffic = replace(planning.measure(connect(read_settings()), measured, parsed), label_lag_s=label_lag)
     else:
         traffic = planning.Traffic(rps or 0.0, error_rate, slow_rate, label_lag)
     made = planning.planned(parsed, traffic)

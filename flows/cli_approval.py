@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from flows.settings import Settings
+from flows.settings import read_settings
 from tasks.ports import BadInput
 
 out = Console(highlight=False, soft_wrap=True)
@@ -32,7 +32,7 @@ def approve(
     from flows.wiring import SystemClock, ledger
     from policies.rollout import Illegal
 
-    settings = Settings()
+    settings = read_settings()
     book = ledger(settings)
     question = asked(book, model)
     if not as_json:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flows.settings import Settings
+from flows.settings import read_settings
 from tasks.ports import BadInput
 
 audit_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Verify, export and recompute the record.")
@@ -52,7 +52,7 @@ def verify(
     from flows.record import as_document, verified
     from flows.wiring import ledger
 
-    seen = verified(ledger(Settings()), file, _key(key))
+    seen = verified(ledger(read_settings()), file, _key(key))
     if as_json:
         out.print_json(json.dumps(as_document(seen)))
     elif seen.breach is None:
@@ -72,7 +72,7 @@ def export(
     from flows.record import exported
     from flows.wiring import ledger
 
-    lines = exported(ledger(Settings()), _key(key))
+    lines = exported(ledger(read_settings()), _key(key))
     if file is None:
         sys.stdout.buffer.writelines(lines)
         return
@@ -93,7 +93,7 @@ def replay(
     from flows.record import replay as recomputed
     from flows.wiring import ledger
 
-    entries = ledger(Settings()).read(rollout)
+    entries = ledger(read_settings()).read(rollout)
     if not entries:
         raise BadInput(f"the ledger has no rollout '{rollout}'")
     looks, differences = recomputed(entries)
@@ -111,7 +111,7 @@ def listed(as_json: Json = False) -> None:
     """The digests in quarantine, since when, and why."""
     from flows.wiring import ledger
 
-    held = ledger(Settings()).quarantines()
+    held = ledger(read_settings()).quarantines()
     if as_json:
         out.print_json(json.dumps([asdict(each) for each in held]))
         return
@@ -129,9 +129,9 @@ def lift(
     """Lets bytes in quarantine be delivered again. Who said so, and why, stays on the record."""
     from flows.wiring import ledger
 
-    book = ledger(Settings())
+    book = ledger(read_settings())
     found = [each.digest for each in book.quarantines() if each.digest.startswith(digest)]
     if len(found) != 1:
         raise BadInput(f"'{digest}' names {len(found)} digests in quarantine; see: lockgate quarantine list")
-    book.lift(found[0], reason, Settings().person)
+    book.lift(found[0], reason, read_settings().person)
     out.print(f"{found[0]} may be delivered again", markup=False)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import psutil
 from prefect import flow, get_run_logger
 from prefect.context import FlowRunContext
 from pydantic import BaseModel, Field
@@ -84,13 +86,7 @@ def is_dead(who: str) -> bool:
     pid = rest.split("/")[0]
     if where != _where() or not pid.isdecimal():
         return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # it is there, and somebody else's
-        return False
-    return False
+    return not psutil.pid_exists(int(pid))
 
 
 def _where() -> str:
@@ -131,9 +127,7 @@ def deliver(
     Raises BadInput for what cannot be delivered at all (nothing has been changed then), PortError where a part of
     the platform cannot be reached.
     """
-    context = FlowRunContext.get()
-    run_id = context.flow_run.id if context and context.flow_run else None
-    publisher = Publisher(run_id, target)
+    publisher = Publisher(flow_run_id(), target)
     ports = connect()
     asked = str(version) if by == REGISTRY and version is not None else None
     alias: str | None = Trigger().name
@@ -432,15 +426,15 @@ def _begin(
         "policy": policy.model_dump(mode="json", by_alias=True),
         "policy_digest": policy.digest,
         "request": request.model_dump(mode="json", exclude={"policy"}),
-        "flow_run": _flow_run(),
+        "flow_run": str(run) if (run := flow_run_id()) else None,
     }
     ports.ledger.append(name, 1, event.at, request.by or whoami(), kind, {**body, **extra})
 
 
-def _flow_run() -> str | None:
-    """The id of the Prefect run that this is part of: whoever cancels that means the rollout."""
+def flow_run_id() -> UUID | None:
+    """The Prefect run that this is part of: whoever cancels that means the rollout."""
     context = FlowRunContext.get()
-    return str(context.flow_run.id) if context and context.flow_run else None
+    return context.flow_run.id if context and context.flow_run else None
 
 
 def _log_moves() -> Callable[[Any], None]:

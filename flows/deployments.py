@@ -7,7 +7,7 @@ them needs this package installed and `LOCKGATE_*` set: entry points are modules
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -26,7 +26,6 @@ class Deployed:
     queue: str = QUEUE
     interval_s: float | None = None
     cron: str | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 ALL = (
@@ -62,7 +61,7 @@ def flow_of(deployed: Deployed) -> Any:
     return getattr(import_module(module), name)
 
 
-def apply(deliveries_at_once: int, monitor_cron: str | None = None) -> None:
+def apply(deliveries_at_once: int, monitor_cron: str) -> None:
     """Work pool, queues and deployments are on the Prefect server as they are here. Idempotent."""
     from prefect.types.entrypoint import EntrypointType
 
@@ -72,8 +71,7 @@ def apply(deliveries_at_once: int, monitor_cron: str | None = None) -> None:
             name=each.name,
             description=each.description,
             interval=each.interval_s,
-            cron=monitor_cron if each.cron and monitor_cron else each.cron,
-            parameters=each.parameters,
+            cron=monitor_cron if each.cron else None,
             tags=[POOL],
             work_pool_name=POOL,
             work_queue_name=each.queue,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -352,15 +353,16 @@ def _carry_out(
         )
 
     jobs: dict[str, Callable[[], object]] = {
-        name: (lambda name=name: run(  # type: ignore[misc]
-            tasks.tell, more.herald, key, f"lockgate.monitor.{name}", model, version, entry.at, payload, name=name
-        ))
+        name: partial(
+            run, tasks.tell, more.herald, key, f"lockgate.monitor.{name}", model, version, entry.at, payload, name=name
+        )
         for name in events
-    }  # fmt: skip
+    }
     fresh = version == subject.version and ports.clock.now() - entry.at <= _LATE * subject.rules.every
     if fresh and body["steps"]["rollback"]:
         reason = f"monitor: {body['says']}"
-        jobs = {"rollback": lambda: take_back(ports, model, reason, whoami(), lambda _: None, run), **jobs}
+        back = partial(take_back, ports, model, reason, whoami(), lambda _: None, run, only=version)
+        jobs = {"rollback": back, **jobs}
     if fresh and body["steps"]["retrain"]:
         jobs["retrain"] = retrain
     jobs["keep"] = keep_it

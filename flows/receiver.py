@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from flows.settings import Settings
-from flows.wiring import Doorkeeper, Unbelievable, announce, configure, hint_secret, located, subscribe, triggers
+from flows.wiring import Doorkeeper, Unbelievable, announce, configure, hint_secret, located, subscribe
 from tasks.ports import PortError
 
 _BODY_BYTES_MAX = 65_536
@@ -47,19 +48,23 @@ class Watcher:
         self.settings, self.metrics = settings, metrics
         self.woken = threading.Event()
         self.thread = threading.Thread(target=self._work, name="watcher", daemon=True)
+        self.looked_at = 0.0  # POSIX seconds
         self._left: dict[str, str] = {}
 
     def _work(self) -> None:
-        self._subscribe()
-        while True:
-            self.woken.clear()
-            self._look()
-            self.woken.wait(self.settings.registry_poll_s)
+        try:
+            self._subscribe()
+            while True:
+                self.woken.clear()
+                self._look()
+                self.woken.wait(self.settings.registry_poll_s)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # a receiver that does not look is to be started anew
 
     def _subscribe(self) -> None:
         """Asks for hints; without them the polls find everything, later."""
         if self.settings.mlflow_url is not None:
-            _say("the registry is elsewhere: it is polled; for hints, send its webhooks here (see the README)")
+            _say("the registry is elsewhere: it is polled")
             return
         try:
             subscribe(self.settings)
@@ -67,13 +72,16 @@ class Watcher:
             _say(f"no hints, the registry is only polled: {exc}")
 
     def _look(self) -> None:
+        from flows.runs import look_at_registry  # this process has been told by now where Prefect is
+
         try:
-            seen = triggers(self.settings)
+            seen = look_at_registry(self.settings)
         except PortError as exc:
             self.metrics.errors.inc()
             self._tell_left({"look": str(exc)})
             return
-        self.metrics.looked.set(time.time())
+        self.looked_at = time.time()
+        self.metrics.looked.set(self.looked_at)
         self.metrics.runs.inc(len(seen.started))
         for line in seen.started:
             _say(f"started: {line}")
@@ -92,7 +100,7 @@ def application(doorkeeper: Doorkeeper, watcher: Watcher, metrics: Metrics) -> w
     async def hint(request: web.Request) -> web.Response:
         body = await request.read()
         try:
-            doorkeeper.model(request.headers, body, time.time())
+            doorkeeper.believe(request.headers, body, time.time())
         except Unbelievable as exc:
             metrics.hints.labels(exc.why).inc()
             return web.json_response({"refused": exc.why}, status=_REFUSED[exc.why])
@@ -101,7 +109,7 @@ def application(doorkeeper: Doorkeeper, watcher: Watcher, metrics: Metrics) -> w
         return web.json_response({}, status=202)
 
     async def health(_request: web.Request) -> web.Response:
-        age = time.time() - metrics.looked._value.get()
+        age = time.time() - watcher.looked_at
         well = age < _FRESH * watcher.settings.registry_poll_s
         return web.json_response({"looked_seconds_ago": round(age, 1)}, status=200 if well else 503)
 

@@ -22,10 +22,10 @@ from flows.checks import Preparation, run_checks
 from flows.deliver import BEGIN_S, Delivery, in_prefect, is_dead, request_submission, whoami
 from flows.rollback import proven_before
 from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abort, over
-from flows.runs import cancelled
+from flows.runs import cancelled, look_at_registry
 from flows.settings import Settings
 from flows.story import fold, policy_of
-from flows.wiring import connect, triggers
+from flows.wiring import connect
 from policies.events import Phase
 from policies.policy import Policy
 from policies.rollout import Rollout, due
@@ -63,12 +63,13 @@ def reconcile(at_once: bool = False) -> dict[str, Any]:
     """
     ports = connect()
 
-    def checks_of(entries: Sequence[Entry]) -> Checks:
-        return _checks(ports, entries, in_prefect)
-
+    checks_of = partial(_checks, ports, in_prefect)
     done = reconcile_with(ports, whoami(), in_prefect, checks_of, at_once, cancelled=cancelled)
-    asked = triggers(Settings())
-    done.started, done.left = asked.started, done.left | asked.left
+    try:
+        asked = look_at_registry(Settings())
+        done.started, done.left = asked.started, done.left | asked.left
+    except PortError as exc:
+        done.left["registry"] = str(exc)
     return asdict(done)
 
 
@@ -83,10 +84,7 @@ def keep_reconciling(every_s: float = _EVERY_S) -> NoReturn:
     while True:
         try:
             ports = connect()
-
-            def checks_of(entries: Sequence[Entry], ports: Ports = ports) -> Checks:
-                return _checks(ports, entries, directly)
-
+            checks_of = partial(_checks, ports, directly)
             done = reconcile_with(ports, whoami(), directly, checks_of, at_once, cancelled=cancelled)
             at_once = False
             for line in (*(f"{name}: {label}" for name, label in done.driven.items()), *done.mended):
@@ -226,7 +224,7 @@ def target_of(entries: Sequence[Entry]) -> str:
     return str(entries[0].body.get("request", {}).get("target", "local"))
 
 
-def _checks(ports: Ports, entries: Sequence[Entry], run: Runner) -> Checks:
+def _checks(ports: Ports, run: Runner, entries: Sequence[Entry]) -> Checks:
     """The rollout's checks, from what its request says."""
     if "back_from" in entries[0].body:
         return proven_before

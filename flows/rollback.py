@@ -11,9 +11,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from prefect import flow
-from prefect.context import FlowRunContext
 
-from flows.deliver import BEGIN_S, Outcome, conclude, in_prefect, still_claimed, to_the_end, whoami
+from flows.deliver import BEGIN_S, Outcome, conclude, flow_run_id, in_prefect, still_claimed, to_the_end, whoami
 from flows.publish import Publisher
 from flows.rollout import Controller, Runner, abort, over
 from flows.story import fold
@@ -21,7 +20,7 @@ from flows.wiring import connect
 from policies.events import Phase, Requested, to_body
 from policies.rollout import Rollout
 from policies.verdict import GateReport, Verdict
-from tasks.ports import Entry, NotThere, PortError, Ports
+from tasks.ports import Entry, NotThere, PortError, Ports, Refused
 
 _WAIT_S = 300.0
 
@@ -35,8 +34,7 @@ def rollback(model: str, reason: str = "rollback ordered by hand", by: str = "")
         reason: Why; it goes on the record.
         by: Who asked for it.
     """
-    context = FlowRunContext.get()
-    publisher = Publisher(context.flow_run.id if context and context.flow_run else None, "local")
+    publisher = Publisher(flow_run_id(), "local")
     try:
         return asdict(rollback_with(connect(), model, reason, by or whoami(), publisher))
     finally:
@@ -50,16 +48,23 @@ def rollback_with(ports: Ports, model: str, reason: str, by: str, observer: Any)
     return conclude(ports, name, state, ports.clock.now() - began)
 
 
-def take_back(ports: Ports, model: str, reason: str, by: str, observer: Any, run: Runner) -> tuple[str, Rollout]:
-    """The rollout that went back, or that brought the former version back, at its end."""
+def take_back(
+    ports: Ports, model: str, reason: str, by: str, observer: Any, run: Runner, only: str | None = None
+) -> tuple[str, Rollout]:
+    """The rollout that went back, or that brought the former version back, at its end.
+
+    With `only`, the version that must not go on serving, it raises Refused where that one does not serve alone: what
+    is under way, or has come meanwhile, is not guilty of it.
+    """
     active = next(iter(ports.ledger.rollouts(model, active=True)), None)
     if active is not None:
-        return active, _abort(ports, active, by, reason)
+        return active, _abort_unless(ports, active, by, reason, only)
     name = f"{model}-back-{uuid.uuid4().hex[:8]}"
     holder = _claim(ports, model, name, observer, run)
     if holder != name:
-        return holder, _abort(ports, holder, by, reason)
+        return holder, _abort_unless(ports, holder, by, reason, only)
     try:
+        _refuse_another(ports, model, only)
         former, entries = _former(ports, model)  # not before the claim: until then another version may come to serve
     except PortError:
         ports.ledger.release(model, "local", name)
@@ -85,6 +90,19 @@ def _claim(ports: Ports, model: str, name: str, observer: Any, run: Runner) -> s
         else:
             ports.clock.sleep(0.2)
     return name
+
+
+def _abort_unless(ports: Ports, active: str, by: str, reason: str, only: str | None) -> Rollout:
+    if only is not None:
+        raise Refused(f"v{only} is not taken back: rollout {active} is under way")
+    return _abort(ports, active, by, reason)
+
+
+def _refuse_another(ports: Ports, model: str, only: str | None) -> None:
+    route = ports.router.current(model)
+    serving = route.stable if route else None
+    if only not in (None, serving):
+        raise Refused(f"v{only} is not taken back: v{serving} serves by now")
 
 
 def _abort(ports: Ports, active: str, by: str, reason: str) -> Rollout:

@@ -416,10 +416,10 @@ def order(ports: Ports, name: str, who: str, what: str, reason: str, by: str = "
 
     Raises `rollout.Illegal` where the order makes no sense, and ValueError for an unknown rollout.
     """
-    return write(ports.ledger, name, who, lambda _state: Ordered(ports.clock.now(), 0, what, reason, by))
+    return write(ports.ledger, name, who, lambda: Ordered(ports.clock.now(), 0, what, reason, by))
 
 
-def write(ledger: Ledger, name: str, who: str, event_of: Callable[[Rollout], Event]) -> Rollout:
+def write(ledger: Ledger, name: str, who: str, event_now: Callable[[], Event]) -> Rollout:
     """Writes what somebody beside the controller has to say; the rollout's state after it.
 
     Raises `rollout.Illegal` where it makes no sense, and ValueError for an unknown rollout.
@@ -429,7 +429,7 @@ def write(ledger: Ledger, name: str, who: str, event_of: Callable[[Rollout], Eve
         state = fold(entries)
         if state is None:
             raise ValueError(f"the ledger has no rollout '{name}'")
-        event = event_of(state)
+        event = event_now()
         after, _ = rollout.step(state, event)
         kind, body = to_body(event)
         try:

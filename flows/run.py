@@ -26,11 +26,13 @@ def exit_code(outcome: dict[str, Any]) -> int:
     return UNFINISHED if outcome["unfinished"] or outcome["outcome"] == "halted" else REFUSED
 
 
-def guarded(work: Callable[[], dict[str, Any]], err: Console) -> tuple[int, dict[str, Any] | None]:
+def guarded(
+    work: Callable[[], dict[str, Any]], err: Console, code_of: Callable[[dict[str, Any]], int] = exit_code
+) -> tuple[int, dict[str, Any] | None]:
     """The work's outcome and exit code; every foreseen error is one sentence and the code that goes with it."""
     try:
         outcome = work()
-        return exit_code(outcome), outcome
+        return code_of(outcome), outcome
     except (PortError, PolicyError) as exc:
         err.print(f"lockgate: {exc}", markup=False)
         if isinstance(exc, (BadInput, NotThere, PolicyError)):
@@ -92,19 +94,19 @@ def run_monitor(
             (look,) = monitor(model, policy, at_once=True)
         except CouldNotLook as exc:
             (look,) = exc.looks
-        return {"outcome": look["verdict"], "unfinished": False, **look}  # for `guarded`
+        return dict(look)
 
-    code, look = guarded(work, err)
-    if look is None:
-        return code, None
-    if out is not None:
+    codes = {"pass": DONE, "fail": REFUSED}
+    code, look = guarded(work, err, lambda look: codes.get(look["verdict"], UNFINISHED))
+    if look is not None and out is not None:
         say_look(look, out)
-    return {"pass": DONE, "fail": REFUSED}.get(look["verdict"], UNFINISHED), look
+    return code, look
 
 
 def say_look(look: dict[str, Any], out: Console) -> None:
     """The look, a line per question."""
-    out.print(f"{look['model']} v{look['version']}: {look['verdict']}: {look['says']}", markup=False)
+    version = f" v{look['version']}" if look["version"] else ""
+    out.print(f"{look['model']}{version}: {look['verdict']}: {look['says']}", markup=False)
     for report in look["reports"]:
         needs = f" (needs {report['needs']})" if report["needs"] else ""
         out.print(f"  {report['verdict']:<5} {report['gate']}: {report['says']}{needs}", markup=False)

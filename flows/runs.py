@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
+
 from flows.deployments import POOL
-from flows.triggers import REGISTRY, Wish
+from flows.settings import Settings
+from flows.triggers import REGISTRY, Seen, Wish, look
+from flows.wiring import connect
 from policies.triggers import Run
 from tasks.ports import PortError
 
 _TIMEOUT_S = 5.0
+_PAGE = 200  # of runs; the server gives no more at once
 
 
 class PrefectRuns:
@@ -22,16 +26,24 @@ class PrefectRuns:
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
         from prefect.client.schemas.sorting import FlowRunSort
 
+        mine = FlowRunFilter(tags=FlowRunFilterTags(all_=[_tag(wish)]))
+        found: list[Any] = []
         with _client() as client:
-            found = client.read_flow_runs(
-                flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[_tag(wish)])),
-                sort=FlowRunSort.START_TIME_ASC,
-            )
+            while page := client.read_flow_runs(
+                flow_run_filter=mine, sort=FlowRunSort.ID_DESC, limit=_PAGE, offset=len(found)
+            ):
+                found += page
         return [_run(each) for each in sorted(found, key=lambda each: each.created)]
 
     def start(self, wish: Wish, number: int) -> None:
+        from prefect.exceptions import ObjectNotFound
+
         with _client() as client:
-            deployment = client.read_deployment_by_name("deliver/deliver")
+            try:
+                deployment = client.read_deployment_by_name("deliver/deliver")
+            except ObjectNotFound as exc:
+                missing = "the Prefect server has no deployment deliver/deliver yet; the worker brings it"
+                raise PortError(missing) from exc
             client.create_flow_run_from_deployment(
                 deployment.id,
                 parameters={
@@ -45,6 +57,14 @@ class PrefectRuns:
                 tags=[POOL, _tag(wish)],
                 idempotency_key=f"{wish.key}#{number}",
             )
+
+
+def look_at_registry(settings: Settings) -> Seen:
+    """One look at what the registry asks for; deliveries are started for it. Raises PortError."""
+    ports = connect(settings)
+    if settings.prefect_url is None:
+        end_dead()  # a run that nobody ends would stand before its wish for ever
+    return look(ports.registry, ports.ledger, PrefectRuns(), settings.shelf, ports.clock.now)
 
 
 def cancelled(runs: Collection[str]) -> set[str]:
@@ -70,6 +90,7 @@ def end_dead() -> list[str]:
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterTags
     from prefect.client.schemas.filters import FlowRunFilterStateType as Types
     from prefect.client.schemas.objects import State, StateType
+    from prefect.exceptions import ObjectNotFound
     from prefect.states import Cancelled, Crashed
 
     ended = []
@@ -78,29 +99,18 @@ def end_dead() -> list[str]:
         for each in client.read_flow_runs(
             flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[POOL]), state=under_way)
         ):
-            if each.infrastructure_pid is None or _lives(each.infrastructure_pid):
+            pid = each.infrastructure_pid
+            if pid is None or not pid.isdecimal() or psutil.pid_exists(int(pid)):
                 continue
-            state = client.read_flow_run(each.id).state  # it may have ended, and said so, since it was listed
-            if state is None or state.is_final():
-                continue
-            why = "its process is gone; the ledger says what became of the rollout"
-            after: State[Any] = Cancelled(message=why) if state.is_cancelling() else Crashed(message=why)
-            client.set_flow_run_state(each.id, after, force=True)
-            ended.append(each.name)
+            with suppress(ObjectNotFound):  # somebody has deleted it meanwhile
+                state = client.read_flow_run(each.id).state  # it may have ended, and said so, since it was listed
+                if state is None or state.is_final():
+                    continue
+                why = "its process is gone; the ledger says what became of the rollout"
+                after: State[Any] = Cancelled(message=why) if state.is_cancelling() else Crashed(message=why)
+                client.set_flow_run_state(each.id, after, force=True)
+                ended.append(each.name)
     return ended
-
-
-def _lives(pid: str) -> bool:
-    """Whether the process is there; what is no number of a process here is not judged."""
-    if not pid.isdecimal():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _tag(wish: Wish) -> str:
@@ -117,12 +127,10 @@ def _run(found: Any) -> Run:
 def _client() -> Iterator[Any]:
     import httpx
     from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+    from prefect.exceptions import PrefectHTTPStatusError
 
     try:
         with get_client(httpx_settings={"timeout": _TIMEOUT_S}, sync_client=True) as client:
             yield client
-    except ObjectNotFound as exc:
-        raise PortError("the Prefect server has no deployment deliver/deliver yet; the worker brings it") from exc
     except (httpx.HTTPError, PrefectHTTPStatusError) as exc:
         raise PortError(f"the Prefect server does not answer: {exc}") from exc

@@ -5,13 +5,15 @@ from __future__ import annotations
 import getpass
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from tasks.ports import BadInput
 
 
 class Settings(BaseSettings):
@@ -67,3 +69,12 @@ class Settings(BaseSettings):
             "LOCKGATE_HOME": str(self.folder),
             "LOCKGATE_POLICIES": str(self.shelf),
         }
+
+
+def read_settings() -> Settings:
+    """The settings as they are now. Raises BadInput where a variable or `lockgate.toml` cannot be used."""
+    try:
+        return Settings()
+    except ValidationError as exc:
+        told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors())
+        raise BadInput(f"the settings (LOCKGATE_* variables, lockgate.toml) cannot be used: {told}") from exc

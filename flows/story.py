@@ -28,8 +28,9 @@ def fold(entries: Sequence[Entry]) -> Rollout | None:
 
     Whoever asks again (a reconciler does so every few seconds) pays for the new entries only.
     """
-    known = next((n for n in range(len(entries), 0, -1) if entries[n - 1].hash in _folded), 0)
-    state = _folded[entries[known - 1].hash] if known else None
+    known, state = len(entries), None
+    while known and (state := _folded.get(entries[known - 1].hash)) is None:  # other threads may clear it meanwhile
+        known -= 1
     state = rollout.fold((from_body(e.kind, e.body, e.at, e.number) for e in entries[known:]), state)
     if state is not None:
         if len(_folded) >= _FOLDED_MAX:

@@ -33,7 +33,6 @@ from tasks.ports import BadInput, Ledger, PortError, Ports
 from tasks.ports_monitor import MonitorPorts
 
 if TYPE_CHECKING:
-    from flows.triggers import Seen
     from infra.labels_arrow import LabelStore
 
 
@@ -129,17 +128,6 @@ def subscribe(settings: Settings) -> None:
 
     addresses = located(settings)
     subscribe(addresses.mlflow, settings.folder / "cache", addresses.hints, hint_secret(settings))
-
-
-def triggers(settings: Settings) -> Seen:
-    """One look at what the registry asks for; deliveries are started for it. Raises PortError."""
-    from flows.runs import PrefectRuns, end_dead
-    from flows.triggers import look
-
-    ports = connect(settings)
-    if settings.prefect_url is None:
-        end_dead()  # a run that nobody ends would stand before its wish for ever
-    return look(ports.registry, ports.ledger, PrefectRuns(), settings.shelf, ports.clock.now)
 
 
 def train_demo(home: Path) -> Part:

@@ -47,8 +47,8 @@ class Doorkeeper:
     since: float
     _seen: OrderedDict[str, float] = field(default_factory=OrderedDict)
 
-    def model(self, headers: Mapping[str, str], body: bytes, now: float) -> str:
-        """The model that the hint is about. Raises Unbelievable."""
+    def believe(self, headers: Mapping[str, str], body: bytes, now: float) -> None:
+        """Remembers the hint. Raises Unbelievable, whose `why` says for what."""
         name = {
             "id": "X-MLflow-Delivery-Id",
             "stamp": "X-MLflow-Timestamp",
@@ -70,7 +70,6 @@ class Doorkeeper:
         if given["id"] in self._seen:
             raise Unbelievable("replayed")
         self._remember(given["id"], now)
-        return model
 
     def _remember(self, delivery: str, now: float) -> None:
         self._seen[delivery] = now

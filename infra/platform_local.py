@@ -135,6 +135,16 @@ def announced(home: Path, module: str) -> int | None:
         return None
 
 
+def _has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # not of ours any more
+        return False
+    return True
+
+
 def _die_with_parent() -> None:
     """Linux sends the child SIGTERM when its parent dies, however that happens (prctl(2), PR_SET_PDEATHSIG = 1)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -158,7 +168,8 @@ class Part:
 
     def start(self) -> None:
         if self.process is not None:
-            self._former.append(self.process.pid)
+            # A group that has ended is forgotten: its number may come to be somebody else's.
+            self._former = [group for group in (*self._former, self.process.pid) if _has_members(group)]
             if not self.children_outlive:
                 self._end_groups()
         with self.log.open("ab") as sink:

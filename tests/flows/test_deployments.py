@@ -22,8 +22,6 @@ def in_file(each: Deployed) -> dict[str, Any]:
         "tags": [POOL],
         "work_pool": {"name": POOL, "work_queue_name": each.queue},
     }
-    if each.parameters:
-        said["parameters"] = each.parameters
     if each.interval_s is not None:
         said["schedules"] = [{"interval": each.interval_s}]
     if each.cron is not None:

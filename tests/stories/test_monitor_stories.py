@@ -123,6 +123,30 @@ def test_drift_alone_moves_no_traffic_but_what_the_policy_names_does_and_only_on
     assert world.serving == "2"
 
 
+@pytest.mark.parametrize("meanwhile", ["another serves", "a rollout is under way"])
+def test_nobody_pays_for_what_another_version_did_while_it_was_looked_at(meanwhile: str) -> None:
+    world = Watched(POLICY + ACTING)
+    world.target.store |= {"digest-3", "digest-4"}
+    world.stable = "2"
+    assert str(world.controller(world.request("r2", "3")).drive().phase) == "promoted"
+    world.clock.sleep(HOUR)
+    world.stable = "3"
+    world.contract.breaches = (ContractBreach("expect_column_values_to_not_be_null", "age", "9 of 100"),)
+    check = world.contract.check
+
+    def then_comes_v4(suite: Path, rows: Path) -> ContractResult:
+        name = world.request("r3", "4")
+        if meanwhile == "another serves":
+            assert str(world.controller(name).drive().phase) == "promoted"
+        return check(suite, rows)
+
+    world.contract.check = then_comes_v4  # type: ignore[method-assign]
+    (look,) = world.look(wait_s=0.0)
+    assert look["began"] == ["data"]
+    assert "v3 is not taken back" in look["errors"]["rollback"]
+    assert world.serving == ("4" if meanwhile == "another serves" else "3")
+
+
 @pytest.mark.parametrize("what", ["rows", "windows", "comparer", "registry"])
 def test_what_cannot_be_looked_at_is_neither_an_alarm_nor_an_all_clear(what: str) -> None:
     world = Watched(POLICY + ACTING)
