@@ -242,7 +242,7 @@ class Labelled(_Strict):
 
 
 class Gates(_Strict):
-    """The questions asked at every look. A gate that is not named is not asked."""
+    """The questions asked at every look: `errors` unless it is null, and of the others those that are named."""
 
     errors: Errors | None = Errors()
     latency: Latency | None = None

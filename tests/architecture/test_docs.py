@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import typer.main
 
 from flows.cli import app
 from flows.settings import Settings
-from policies.policy import parse
+from policies.policy import parse, schema
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -29,6 +30,22 @@ def test_every_command_that_the_readme_names_exists() -> None:
     named -= {"takes", "policy"}
     assert named
     assert named <= commands() | {"holds"}, named - commands()
+
+
+def test_the_readme_names_every_command_and_every_key_of_a_policy() -> None:
+    assert not [name for name in commands() if f"lockgate {name}" not in README and f"`{name}`" not in README]
+    named = set(re.findall(r"\w+", README))
+    assert not sorted(keys(schema()) - named)
+
+
+def keys(node: Any) -> set[str]:
+    """All property names of a JSON Schema."""
+    if isinstance(node, list):
+        return set().union(*map(keys, node))
+    if not isinstance(node, dict):
+        return set()
+    mine = set(node["properties"]) if isinstance(node.get("properties"), dict) else set()
+    return mine.union(*map(keys, node.values()))
 
 
 def test_every_command_has_help_that_says_what_it_does() -> None:

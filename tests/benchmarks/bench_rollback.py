@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform as machine
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from policies.events import Phase
-from tests.e2e.deaths import Cell, Lane, Nursery, write_rows
+from tests.e2e.deaths import Cell, Lane, in_lanes, write_rows
 from tests.e2e.running_platform import Platform, running_platform
 
 BAR_S = 2.0
@@ -32,7 +32,7 @@ def rollback(lane: Lane) -> dict[str, Any]:
     """One delivery that is taken back, in seconds from the look that failed."""
     assert lane.clients is not None
     began = time.monotonic()
-    name, _ = lane.deliver(ROLLED_BACK)
+    name = lane.deliver(ROLLED_BACK)
     state = lane.settled(name)
     wall = time.time() - time.monotonic()
     if state is None or state.phase is not Phase.ROLLED_BACK:
@@ -53,29 +53,14 @@ def rollback(lane: Lane) -> dict[str, Any]:
 
 def measure(platform: Platform, count: int, lanes: int) -> list[dict[str, Any]]:
     """So many rollbacks, spread over the models."""
-    nursery = Nursery(platform)
     found: list[dict[str, Any]] = []
-    errors: list[BaseException] = []
 
-    def work(number: int) -> None:
-        lane = Lane(platform, nursery, f"m{number}")
-        try:
-            lane.begin()
-            for _ in range(number, count, lanes):
-                found.append(rollback(lane))
-        except BaseException as exc:  # noqa: BLE001 - raised again below
-            errors.append(exc)
-        finally:
-            lane.close()
+    def work(lane: Lane, number: int) -> None:
+        for _ in range(number, count, lanes):
+            found.append(rollback(lane))
+            print(f"{len(found)} of {count}: {found[-1]['ended']}", flush=True)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(lanes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    nursery.close()
-    if errors:
-        raise errors[0]
+    in_lanes(platform, lanes, work)
     return found
 
 
@@ -93,11 +78,11 @@ def report(found: list[dict[str, Any]], count: int) -> dict[str, Any]:
         ("look_to_clear_s", "failing look begun -> last answer by it"),
         ("entry_to_clear_s", "look in the ledger -> last answer by it"),
     ):
-        values = sorted(one[key] for one in done)
+        values = sorted(one[key] for one in done) or [math.inf]
         p95[key] = values[max(0, -(-95 * len(values) // 100) - 1)]
         print(f"{words:<44} {statistics.median(values):8.3f} {p95[key]:8.3f} {values[-1]:8.3f}")
     failed = sum(one["failed"] for one in done)
-    seen = min(one["answers"] for one in done)
+    seen = min((one["answers"] for one in done), default=0)
     slow = p95["look_to_clear_s"]
     checks = [
         check("rollbacks", len(done), f"== {count}", len(done) == count),

@@ -67,6 +67,8 @@ def pids_of(victim: str, model: str, candidate: str) -> list[int]:
     parts = {"Prefect server": "prefect", "MLflow server": "mlflow", "node agent": "serving.agent"}
     if victim in parts:
         return [pid for pid, command in _children(addresses.pid) if parts[victim] in command]
+    if victim not in ("Envoy", "canary server", "stable server"):
+        raise ValueError(f"nobody is called '{victim}'")
     status = AgentClient(addresses.agent_home).status()
     if victim == "Envoy":
         return [pid for pid in [status["gateway"]["pid"]] if pid]

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,6 @@ rollout:
   lease: 3s
 """
 SHADOW = "    - shadow: {share: 1.0, for: 1s}\n"
-LEASE_S = 3.0
 SETTLED_S = 150.0  # the worst: a Prefect server that starts anew on a busy machine, and a reconciler that takes over
 OUTAGE_S = 15.0  # of the one gateway, or of the only copy of a model
 PLAIN = {"name": "X", "datatype": "FP32", "shape": [1, 4], "data": [0.1, 0.2, 0.3, 0.4]}
@@ -68,7 +67,6 @@ TRAP = {"name": "X", "datatype": "FP32", "shape": [1, 4], "data": [0.1, 0.2, 0.3
 
 SERVERS = ("flow", "canary server", "stable server")
 PARTS = ("node agent", "Envoy", "Prefect server", "MLflow server")
-DATABASE = "PostgreSQL"
 ENDS = ("promoted", "rolled back", "refused")
 
 
@@ -197,17 +195,20 @@ class Nursery:
         self._answers, self._asks = self._process.stdout, self._process.stdin
         assert self._answers.readline() == "ready\n", (platform.files / "nursery.log").read_text()
 
-    def close(self) -> None:
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._asks.close()
         self._process.wait(20)
         self._answers.close()
 
-    def start(self, **job: Any) -> int:
-        """The delivery's process id."""
+    def start(self, **job: Any) -> None:
+        """The delivery is under way."""
         with self._lock:
             self._asks.write(json.dumps(job) + "\n")
             self._asks.flush()
-            return int(self._answers.readline())
+            int(self._answers.readline())  # its process id
 
 
 @dataclass
@@ -242,7 +243,7 @@ class Lane:
 
     def begin(self) -> None:
         """The model's first version serves, and its clients ask."""
-        name, _ = self.deliver(Cell("", "promoted", ""), first=True)
+        name = self.deliver(Cell("", "promoted", ""), first=True)
         state = self.settled(name)
         assert state is not None
         assert state.phase is Phase.PROMOTED, self.last_log()
@@ -254,8 +255,8 @@ class Lane:
             self.clients.__exit__()
         self.ledger.close()
 
-    def deliver(self, cell: Cell, number: int = signal.SIGKILL, first: bool = False) -> tuple[str, int]:
-        """Starts a delivery with bytes of its own; the rollout's name once it is requested, and the process."""
+    def deliver(self, cell: Cell, first: bool = False) -> str:
+        """Starts a delivery with bytes of its own; the rollout's name once it is requested."""
         count = next(self._count)
         path = self.folder / f"{count}.onnx"
         write_model(path, f"{self.model} {count}", trap=cell.ends == "rolled back")
@@ -269,8 +270,7 @@ class Lane:
         }
         before = self.ledger.rollouts(self.model)
         self.log = self.folder / f"{count}.log"
-        victim = self.platform.env.get("POSTMASTER", "") if cell.victim == DATABASE else cell.victim
-        pid = self.nursery.start(request=request, log=str(self.log), at=cell.at, victim=victim, signal=number)
+        self.nursery.start(request=request, log=str(self.log), at=cell.at, victim=cell.victim, signal=signal.SIGKILL)
         found: list[str] = []
 
         def requested() -> bool:
@@ -278,7 +278,7 @@ class Lane:
             return bool(found)
 
         wait_until(requested, SETTLED_S, f"{cell} is requested; {self.last_log()}")
-        return found[0], pid
+        return found[0]
 
     def quietly_rollouts(self) -> list[str]:
         with contextlib.suppress(Exception):  # the database is the victim
@@ -310,7 +310,7 @@ class Lane:
         result = Result(cell)
         began = time.monotonic()
         try:
-            name, _ = self.deliver(cell)
+            name = self.deliver(cell)
         except AssertionError as exc:
             result.problems.append(str(exc))
             return result
@@ -396,40 +396,48 @@ def exactly_once(entries: Sequence[Entry]) -> list[str]:
 # ---------------------------------------------------------------- the matrix
 
 
+def in_lanes(platform: Platform, lanes: int, work: Callable[[Lane, int], None]) -> None:
+    """The work on so many models side by side, each in service and asked by clients. Raises what it raised first."""
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        lane = Lane(platform, nursery, f"m{number}")
+        try:
+            lane.begin()
+            work(lane, number)
+        except BaseException as exc:  # noqa: BLE001 - raised again below
+            errors.append(exc)
+        finally:
+            lane.close()
+
+    with Nursery(platform) as nursery:
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(lanes)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
+
+
 def play_all(platform: Platform, wanted: Sequence[Cell], lanes: int, tell: Any = lambda _result: None) -> list[Result]:
     """Every cell, so many side by side, each on a model of its own."""
     todo: queue.SimpleQueue[Cell] = queue.SimpleQueue()
     for cell in wanted:
         todo.put(cell)
     results: list[Result] = []
-    errors: list[BaseException] = []
-    nursery = Nursery(platform)
 
-    def work(number: int) -> None:
-        lane = Lane(platform, nursery, f"m{next(Lane._count)}")
-        try:
-            lane.begin()
-            while True:
-                try:
-                    cell = todo.get_nowait()
-                except queue.Empty:
-                    return
-                result = lane.play(cell)
-                results.append(result)
-                tell(result)
-        except BaseException as exc:  # noqa: BLE001 - a lane's error is the run's
-            errors.append(exc)
-        finally:
-            lane.close()
+    def work(lane: Lane, _number: int) -> None:
+        while True:
+            try:
+                cell = todo.get_nowait()
+            except queue.Empty:
+                return
+            result = lane.play(cell)
+            results.append(result)
+            tell(result)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(lanes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    nursery.close()
-    if errors:
-        raise errors[0]
+    in_lanes(platform, lanes, work)
     return results
 
 
@@ -455,7 +463,8 @@ def line(result: Result) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--victims", nargs="*", default=[*SERVERS, *PARTS])
+    everybody = [*SERVERS, *PARTS]
+    parser.add_argument("--victims", nargs="*", default=everybody, choices=everybody, metavar="VICTIM")
     parser.add_argument("--at", default="", help="only states whose name contains this")
     parser.add_argument("--lanes", type=int, default=3)
     parser.add_argument("--keep", action="store_true")

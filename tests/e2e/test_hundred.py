@@ -24,7 +24,7 @@ from policies.verdict import GateReport, Verdict
 from tasks.ports import Entry
 from tests.e2e import shared_world
 from tests.e2e.shared_world import FastClock, Remote
-from tests.infra.postgresql_server import postgresql, programs
+from tests.infra.postgresql_server import postgresql, programs_or_skip
 from tests.stories.world import MODEL, directly
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -131,10 +131,7 @@ def url_of(database: str, folder: Path, stack: ExitStack) -> str:
     """An empty database."""
     if database == "sqlite":
         return f"sqlite:///{folder / 'ledger.db'}"
-    found = programs()
-    if found is None:
-        pytest.skip("no PostgreSQL server is installed (on Debian and Ubuntu: apt-get install postgresql)")
-    return stack.enter_context(postgresql(found))
+    return stack.enter_context(postgresql(programs_or_skip()))
 
 
 @pytest.fixture

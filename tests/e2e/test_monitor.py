@@ -12,9 +12,8 @@ import httpx
 import numpy as np
 import pytest
 
-from infra.ledger_sql import SqlLedger
 from tests.e2e import toy
-from tests.e2e.running_platform import Platform, free_port, processes, wait_until
+from tests.e2e.running_platform import Platform, free_port, running_platform, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
 PERIOD_S = 30.0
@@ -30,17 +29,14 @@ monitor:
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     files, home = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("home")
-    ports = {name: free_port() for name in ("PREFECT", "MLFLOW", "GATEWAY", "EVIDENTLY")}
     (files / "toy.yaml").write_text(POLICY)
-    env = {f"LOCKGATE_{name}_PORT": str(port) for name, port in ports.items()}
-    made = Platform(home, ports, files, env | {"LOCKGATE_HOME": str(home), "LOCKGATE_MONITOR_CRON": "* * * * *"})
-    up = made.lockgate("up", "--detach")
-    assert up.code == 0, up.err + up.out
-    run = made.deliver(toy.make(files / "v1"))
-    assert run.code == 0, run.err + run.out
-    yield made
-    assert made.lockgate("down").code == 0
-    assert not [line for line in processes() if str(home) in line], "nothing may be left behind"
+    evidently = free_port()
+    more = {"LOCKGATE_EVIDENTLY_PORT": str(evidently), "LOCKGATE_MONITOR_CRON": "* * * * *"}
+    with running_platform(home, files, **more) as made:
+        made.ports["EVIDENTLY"] = evidently
+        run = made.deliver(toy.make(files / "v1"))
+        assert run.code == 0, run.err + run.out
+        yield made
 
 
 class Traffic:
@@ -74,7 +70,7 @@ class Traffic:
 
 def looks(platform: Platform) -> list[dict[str, Any]]:
     """The looks on the ledger, oldest first, with when each was written and by whom."""
-    ledger = SqlLedger(f"sqlite:///{platform.home / 'ledger.db'}")
+    ledger = platform.ledger()
     try:
         entries = ledger.read("monitor/toy")
     finally:

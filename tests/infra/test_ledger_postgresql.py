@@ -14,7 +14,7 @@ from infra.ledger_privileges import grants, main
 from infra.ledger_sql import SqlLedger
 from policies import audit
 from tasks.ports import PortError
-from tests.infra.postgresql_server import postgresql, programs
+from tests.infra.postgresql_server import postgresql, programs_or_skip
 from tests.ports.ledger_contract import NOW, Connect, LedgerContract
 
 pytestmark = pytest.mark.e2e
@@ -24,10 +24,7 @@ Open = Callable[..., SqlLedger]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    bin_folder = programs()
-    if bin_folder is None:
-        pytest.skip("no PostgreSQL server is installed (on Debian and Ubuntu: apt-get install postgresql)")
-    with postgresql(bin_folder) as url:
+    with postgresql(programs_or_skip()) as url:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("CREATE ROLE worker LOGIN")
         yield url

@@ -12,7 +12,6 @@ from flows.rollback import take_back
 from flows.story import fold
 from policies.events import Phase
 from policies.rollout import Illegal, Rollout
-from policies.verdict import Verdict
 from tasks.ports import NotThere, PortError
 from tests.stories.world import MODEL, POLICY, World, directly
 
@@ -135,7 +134,6 @@ def test_evidence_that_was_changed_in_the_ledger_cannot_be_approved() -> None:
     world = World(BEFORE_PROMOTION)
 
     def tampered() -> None:
-        entry = next(e for e in reversed(world.ledger.read("r1")) if e.kind == "looked")
         hashed = fold(world.ledger.read("r1")).question.evidence_hash  # type: ignore[union-attr]
         looked = next(e for e in world.ledger.read("r1") if e.body.get("evidence_hash") == hashed)
         kept = looked.body["reports"][0]["says"]
@@ -143,7 +141,6 @@ def test_evidence_that_was_changed_in_the_ledger_cannot_be_approved() -> None:
         with pytest.raises(PortError, match="does not hold the evidence"):
             say(world, "ann")()
         looked.body["reports"][0]["says"] = kept
-        assert entry.body["verdict"] == Verdict.PASS
 
     drive(world, (5, tampered), (6, say(world, "ann", "refuse")))
 
