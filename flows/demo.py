@@ -209,6 +209,14 @@ def _first_answers(stage: Stage, clients: Part) -> None:
         time.sleep(0.1)
 
 
+def _up_again(home: Path) -> str:
+    """The command that starts the platform on the demo's data, where the links of its reports lead."""
+    usual, now = Settings(), located(Settings(home=home))
+    ports = {"prefect": now.prefect_port, "mlflow": now.mlflow_port, "gateway": now.gateway_port}
+    others = [f" --{name}-port {port}" for name, port in ports.items() if port != getattr(usual, f"{name}_port")]
+    return f"LOCKGATE_HOME={home} lockgate up" + "".join(others)
+
+
 def _finish(home: Path, stage: Stage, json_file: Path | None, out: Console, began: float) -> int:
     """The table, the JSON file, and how to look further."""
     clients = stage.clients()
@@ -230,11 +238,11 @@ def _finish(home: Path, stage: Stage, json_file: Path | None, out: Console, bega
     out.print(table)
     out.print(f"Clients sent {clients['requests']} requests; {clients['failed']} failed.")
     reports = [outcome["report"] for outcome in stage.outcomes.values() if outcome["report"]]
-    out.print(f"{time.monotonic() - began:.0f} s in all. Reports, kept with each version's run in MLflow:")
+    out.print(f"{time.monotonic() - began:.0f} s in all. To look at it in the Prefect and MLflow UIs:")
+    out.print(f"  {_up_again(home)}", markup=False)
+    out.print("and then at the reports, kept with each version's run in MLflow:")
     for report in reports:
         out.print(f"  {report}", markup=False)
-    out.print("To look at it all in the Prefect and MLflow UIs:")
-    out.print(f"  LOCKGATE_HOME={home} lockgate up", markup=False)
     if json_file is not None:
         json_file.write_text(json.dumps(document, indent=2) + "\n")
     as_told = {version: outcome["outcome"] for version, outcome in stage.outcomes.items()} == EXPECTED

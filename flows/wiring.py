@@ -20,6 +20,7 @@ from infra.platform_local import (
     Beside,
     LocalPlatform,
     free_port,
+    is_free,
     running,
     secret,
 )
@@ -112,9 +113,11 @@ def clear_demo(home: Path) -> None:
 
 
 def demo_platform(home: Path) -> LocalPlatform:
-    """A platform of the demo's own, on free ports."""
-    env = Settings(home=home).variables()
-    return LocalPlatform(home, free_port(), free_port(), free_port(), beside=(_RECONCILER,), env=env)
+    """A platform of the demo's own; where they are free, on the ports that `lockgate up` will have: links stay good."""
+    settings = Settings(home=home)
+    usual = (settings.prefect_port, settings.mlflow_port, settings.gateway_port)
+    prefect, mlflow, gateway = (port if is_free(port) else free_port() for port in usual)
+    return LocalPlatform(home, prefect, mlflow, gateway, beside=(_RECONCILER,), env=settings.variables())
 
 
 def hint_secret(settings: Settings) -> str:

@@ -86,6 +86,17 @@ class Addresses:
         return Path(self.home) / "agent"
 
 
+def is_free(port: int) -> bool:
+    """Whether a server could listen on the port now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:
@@ -319,14 +330,8 @@ class LocalPlatform:
             ("Evidently", self.evidently_port, "--evidently-port"),
             ("the trigger receiver", self.trigger_port, "--trigger-port"),
         ):
-            if port is None:
-                continue
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind(("127.0.0.1", port))
-                except OSError as exc:
-                    raise PortBusy(part, port, option) from exc
+            if port is not None and not is_free(port):
+                raise PortBusy(part, port, option)
 
     def _await(self, part: Part) -> None:
         limit = time.monotonic() + _READY_S
