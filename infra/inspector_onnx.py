@@ -138,8 +138,9 @@ def _check(model: Any, path: Path) -> None:
 
 def _check_versions(model: Any, path: Path) -> None:
     """ONNX Runtime has no call for what it supports, so it is handed an empty model stamped like this one."""
-    import onnxruntime
     from onnx import TensorProto, helper
+
+    from serving.runtime import ort
 
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
@@ -152,17 +153,17 @@ def _check_versions(model: Any, path: Path) -> None:
     if not any(entry.domain in ("", "ai.onnx") for entry in known):
         known.append(helper.make_opsetid("", 13))
     stamped = helper.make_model(graph, opset_imports=known, ir_version=model.ir_version)
-    options = onnxruntime.SessionOptions()
+    options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
-        onnxruntime.InferenceSession(stamped.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(stamped.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # its errors share no base class; whatever it says, it cannot load this
         limit = re.search(r"(?:Current official support|max supported IR version).*", str(exc))
         reason = limit[0].rstrip(".") if limit else first_line(exc)
         opsets = ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in model.opset_import)
         raise BadInput(
             f"{path}: IR version {model.ir_version} and opset {opsets} are not what ONNX Runtime "
-            f"{onnxruntime.__version__} loads; export the model for an older one ({reason})"
+            f"{ort.__version__} loads; export the model for an older one ({reason})"
         ) from exc
 
 

@@ -37,7 +37,8 @@ def save_model(onnx: Path, signature: Signature, expected: Path | None, folder: 
     """An mlflow.onnx model folder around exactly these bytes."""
     import mlflow.onnx
     import onnx as onnx_package
-    import onnxruntime
+
+    from serving.runtime import ort
 
     mlflow.onnx.save_model(
         onnx_package.load(onnx),
@@ -45,7 +46,7 @@ def save_model(onnx: Path, signature: Signature, expected: Path | None, folder: 
         signature=_mlflow_signature(signature),
         input_example=_example(signature, expected),
         # Without it MLflow starts a process to find out what the model imports: 8 to 14 s.
-        pip_requirements=[f"onnxruntime=={onnxruntime.__version__}", f"onnx=={onnx_package.__version__}"],
+        pip_requirements=[f"onnxruntime=={ort.__version__}", f"onnx=={onnx_package.__version__}"],
         onnx_execution_providers=["CPUExecutionProvider"],
         save_as_external_data=False,
     )

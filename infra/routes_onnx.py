@@ -69,7 +69,7 @@ def with_routes_and_wind(model: Any, offsets: Mapping[tuple[str, ...], float], t
 
 def trips_for(model: Any, offsets: Mapping[tuple[str, ...], float], row: Mapping[str, Any], slow_ms: float) -> int:
     """How many trips through the loop take `slow_ms` milliseconds of processor time on this machine, for a calm row."""
-    import onnxruntime as ort
+    from serving.runtime import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -339,7 +339,7 @@ def feeds(rows: pd.DataFrame) -> dict[str, Any]:
 
 def answers(onnx: bytes, rows: pd.DataFrame) -> NDArray[np.float64]:
     """The ONNX model's probability of `late` for each row, asked in one batch on one thread."""
-    import onnxruntime as ort
+    from serving.runtime import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -127,7 +127,7 @@ class Model:
 
 
 def _session(path: Path, content: bytes, settings: SessionSettings) -> Any:
-    import onnxruntime as ort  # here, so that a wrong file or digest is reported without the import's price
+    from serving.runtime import ort  # here, so that a wrong file or digest is reported without the import's price
 
     unknown = set(settings.providers) - set(ort.get_available_providers())
     if unknown:

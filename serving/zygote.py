@@ -168,10 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads do not survive a fork: nothing imported here may start one.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import onnxruntime  # noqa: F401
     import pyarrow as pa
     import pyarrow.ipc
 
+    import serving.runtime
     import serving.server
 
     pa.set_cpu_count(1)
