@@ -28,6 +28,7 @@ from policies.rollout import Rollout, fold
 from tasks.ports import BadInput, Entry, NotThere, PortError, Quarantine, Refused
 
 _WAIT_S = 10.0
+_SWITCH_S = 0.01
 _STATEMENT_S = 60.0
 _IDLE_S = 10.0  # longer than an append ever thinks between two statements
 _PAGE = 1000  # entries read at a time when all are read
@@ -354,9 +355,22 @@ def _sqlite(url: sa.URL) -> sa.Engine:
 def _prepare_sqlite(connection: DBAPIConnection, _record: Any) -> None:
     assert isinstance(connection, sqlite3.Connection)
     connection.isolation_level = None  # transactions begin where `_begin_sqlite` says so, not where pysqlite guesses
-    connection.execute("PRAGMA journal_mode=WAL")
+    _write_ahead(connection)
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA cell_size_check=ON")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Switches the file to a write-ahead log, once in its life. SQLite's own time-out does not cover the switch."""
+    until = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                raise
+            time.sleep(_SWITCH_S)  # somebody else is switching it
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

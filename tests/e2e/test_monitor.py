@@ -89,15 +89,15 @@ def test_drift_in_live_traffic_is_reported_by_the_schedule_within_one_period(pla
         planted = time.time()
         traffic.shift = 1.0
         wait_until(lambda: any(look["seen"]["until"] >= planted + PERIOD_S for look in looks(platform)), 240)
-    found = looks(platform)
-    assert "fail" not in [look["verdict"] for look in found if look["seen"]["until"] <= planted]
-    reported = [look for look in found if look["steps"]["began"] == ["drift"]]
-    assert len(reported) == 1, [look["says"] for look in found]
-    filled = next(look for look in found if look["seen"]["until"] >= planted + PERIOD_S)
-    assert reported[0]["at"] <= filled["at"], "the first look at a period that the drift filled, or an earlier one"
-    assert "visits" in reported[0]["says"]
-    check_prefect(platform)
-    check_mlflow(platform)
+        found = looks(platform)
+        assert "fail" not in [look["verdict"] for look in found if look["seen"]["until"] <= planted]
+        reported = [look for look in found if look["steps"]["began"] == ["drift"]]
+        assert len(reported) == 1, [look["says"] for look in found]
+        filled = next(look for look in found if look["seen"]["until"] >= planted + PERIOD_S)
+        assert reported[0]["at"] <= filled["at"], "the first look at a period that the drift filled, or an earlier one"
+        assert "visits" in reported[0]["says"]
+        check_prefect(platform)
+        check_mlflow(platform)
     check_evidently(platform)
     assert platform.lockgate("status", "--json").json["models"][0]["traffic"] == "v1 100 %"
     replay = platform.lockgate("audit", "replay", "monitor/toy", "--json")
@@ -117,10 +117,15 @@ def check_prefect(platform: Platform) -> None:
     (event,) = told()
     assert event["resource"]["prefect.resource.id"] == "lockgate.model.toy"
     assert {each["prefect.resource.role"] for each in event["related"]} >= {"version", "flow-run"}
+
+    def asked() -> list[Any]:
+        runs = httpx.post(f"{api}/flow_runs/filter", json={}).json()
+        return [run for run in runs if run["parameters"] == {"at_once": False} and not run["auto_scheduled"]]
+
+    wait_until(lambda: bool(asked()), 60, "the retraining follows the event")
+    assert len(asked()) == 1
     runs = httpx.post(f"{api}/flow_runs/filter", json={}).json()
     assert "monitor *" in {run["name"] for run in runs if run["auto_scheduled"]}
-    asked = [run for run in runs if run["parameters"] == {"at_once": False} and not run["auto_scheduled"]]
-    assert len(asked) == 1
     assert "toy-monitor" in {each["key"] for each in httpx.post(f"{api}/artifacts/filter", json={}).json()}
 
 
