@@ -3,7 +3,8 @@
 AgentError                  something failed here; `status` is what the API answers with
 ├── BadRequest        400   the request cannot be understood, or names a file that cannot be used
 ├── NotDeployed       404   no such version here
-├── Conflict          409   understood, and refused: a stale epoch, a lost lease, too little ready capacity
+├── Conflict          409   understood, and refused: a stale epoch, a lost lease
+├── NotReady          503   refused for now: too few replicas are ready, and are being started
 ├── NotInForce        503   kept, but the gateway has not confirmed it in time
 └── NotDurable        507   could not be written to disk, hence not done
 StartError                  the agent cannot start at all (exit code 2)
@@ -43,6 +44,12 @@ class Conflict(AgentError):
     """Understood and refused."""
 
     status = 409
+
+
+class NotReady(AgentError):
+    """Refused as long as too few replicas are ready; one that was killed is back in no time."""
+
+    status = 503
 
 
 class NotInForce(AgentError):

@@ -1,10 +1,11 @@
 """The gateway's configuration: routes and endpoints in, Envoy's own resources out. Pure: nothing is read or written.
 
-Per deployed version there are three clusters, so that what happens for different reasons is counted apart:
+Per deployed version there are four clusters, so that what happens for different reasons is counted apart:
 
     live/MODEL/VERSION     first attempts of clients' requests
     shadow/MODEL/VERSION   copies of requests; bounded hard, since nobody waits for the answers
     rescue/MODEL/VERSION   second attempts, made on the stable version
+    again/MODEL/VERSION    the servers that second attempts reach, see `gateway_rescue.py`
 
 A client's request goes to `arm/MODEL/VERSION+STABLE`, an aggregate cluster of the version's live cluster and the stable
 version's rescue cluster. The retry policy moves a failed attempt on to the next priority, i.e. to the rescue cluster.
@@ -30,13 +31,14 @@ from urllib.parse import quote, urlsplit
 import orjson
 
 from policies.evidence import LATENCY_EDGES_MS
+from serving import gateway_rescue
+from serving.gateway_rescue import TYPE
 
 VERSION_HEADER = "x-lockgate-version"
 ROUTES = "models"  # the name of the one route configuration
 STAT_PREFIX = "gateway"
 ADMIN_SOCKET = "admin.sock"
 
-TYPE = "type.googleapis.com/"
 Json = dict[str, Any]
 
 
@@ -70,7 +72,7 @@ class Backend:
 
 
 def cluster_name(role: str, model: str, version: str) -> str:
-    """The cluster that counts what `role` (live, shadow, rescue) does on the version.
+    """The cluster that counts what `role` (live, shadow, rescue, again) does on the version.
 
     Dots, slashes and colons are escaped: Envoy builds the names of its statistics from these parts.
     """
@@ -119,7 +121,7 @@ def cluster_resources(backends: Iterable[Backend], settings: GatewaySettings) ->
     versions: dict[str, list[str]] = {}
     for backend in backends:
         versions.setdefault(backend.model, []).append(backend.version)
-        for role in ("live", "rescue", "shadow"):
+        for role in ("live", "rescue", "again", "shadow"):
             cluster = _cluster(role, backend, settings)
             found[cluster["name"]] = cluster
     for model, deployed in versions.items():
@@ -135,9 +137,13 @@ def _cluster(role: str, backend: Backend, settings: GatewaySettings) -> Json:
     http: Json = {"explicit_http_config": {"http_protocol_options": {}}}
     # Shorter than the model server's own idle time-out, so that it never closes a connection that is being used.
     http["common_http_protocol_options"] = {"idle_timeout": "20s"}
+    if role == "again":
+        # A dying process closes its listener first and its connections later: a new connection never meets a dead one.
+        http["common_http_protocol_options"]["max_requests_per_connection"] = 1
     if role == "shadow":
         http["common_http_protocol_options"]["max_stream_duration"] = duration(settings.shadow_timeout_s)
-    endpoints = [_endpoint(url, backend.version) for url in backend.endpoints]
+    addresses = [gateway_rescue.endpoint()] if role == "rescue" else [_address(url) for url in backend.endpoints]
+    endpoints = [_endpoint(address, backend.version) for address in addresses]
     return {
         "@type": TYPE + "envoy.config.cluster.v3.Cluster",
         "name": name,
@@ -178,10 +184,10 @@ def _breakers(limit: int) -> Json:
     return {"thresholds": [{"priority": "DEFAULT", **bounds}]}
 
 
-def _endpoint(url: str, version: str) -> Json:
+def _endpoint(address: Json, version: str) -> Json:
     """The address, carrying its version: the answer's header names the version that really answered."""
     return {
-        "endpoint": {"address": _address(url)},
+        "endpoint": {"address": address},
         "metadata": {"filter_metadata": {"lockgate": {"version": version}}},
     }
 
@@ -218,11 +224,13 @@ def _arm(name: str, model: str, version: str, stable: str) -> Json:
 def bootstrap(settings: GatewaySettings, folder: PurePath) -> Json:
     """What Envoy is started with. It reads `folder`/clusters/clusters.json and `folder`/routes/routes.json, and again
     whenever a file is renamed into those folders. Its admin interface, which could end it, is a socket in `folder`."""
+    rescue = gateway_rescue.listener(duration(settings.attempt_timeout_s), settings.body_bytes_max)
     return {
         "node": {"id": "lockgate", "cluster": "lockgate"},
         "admin": {"address": {"pipe": {"path": str(folder / ADMIN_SOCKET), "mode": 0o600}}},
         "dynamic_resources": {"cds_config": _watched(folder / "clusters", "clusters.json")},
-        "static_resources": {"listeners": [_listener(settings, folder)]},
+        "static_resources": {"listeners": [_listener(settings, folder), rescue]},
+        "bootstrap_extensions": [gateway_rescue.EXTENSION],
         "overload_manager": {
             "resource_monitors": [
                 {

@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from urllib.parse import quote
 
 from policies.traffic import APART_HEADER, Route, Rule
+from serving import gateway_rescue
 from serving.gateway import (
     ROUTES,
-    TYPE,
     VERSION_HEADER,
     GatewaySettings,
     Json,
@@ -27,6 +27,7 @@ from serving.gateway import (
     duration,
     ruled_name,
 )
+from serving.gateway_rescue import TYPE
 
 MODEL_HEADER = "x-lockgate-model"
 
@@ -141,14 +142,19 @@ def _action(route: Route, settings: GatewaySettings) -> Json:
                 "disable_shadow_host_suffix_append": True,
             }
         ]
-    return {"route": action}
+    return {"route": action, "request_headers_to_add": [_mark(route, shares(route)[-1][0])]}
+
+
+def _mark(route: Route, alone: str) -> Json:
+    """Whom second attempts reach: the stable version, or whoever answers alone."""
+    return gateway_rescue.mark(cluster_name("again", route.model, route.stable or alone))
 
 
 def _ruled(route: Route, version: str, settings: GatewaySettings) -> Json:
     """All to one version, uncopied, and counted apart."""
     weighted = [{"name": ruled_name(route.model, version, route.stable), "weight": 100}]
-    mark = {"header": {"key": APART_HEADER, "value": "true"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
-    return {"route": _asked(route, weighted, settings), "request_headers_to_add": [mark]}
+    apart = {"header": {"key": APART_HEADER, "value": "true"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+    return {"route": _asked(route, weighted, settings), "request_headers_to_add": [apart, _mark(route, version)]}
 
 
 def _asked(route: Route, weighted: list[Json], settings: GatewaySettings) -> Json:

@@ -178,7 +178,7 @@ class Agent:
         drop_oldest((self.home / "logs").glob("????????????.*log"), logs, UNUSED_LOGS_KEPT)
 
     async def set_route(self, route: Route) -> None:
-        """In force in the gateway when this returns. Raises Conflict, NotDurable, NotInForce."""
+        """In force in the gateway when this returns. Raises Conflict, NotReady, NotDurable, NotInForce."""
         async with self._lock:
             before = self._held.get(route.model)
             for version in _in_use(route):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from policies.traffic import Route, route_of
-from serving.agent_errors import BadRequest, Conflict
+from serving.agent_errors import BadRequest, Conflict, NotReady
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def leased(route: Route) -> bool:
 
 
 def changed(held: Held | None, route: Route, capacity: Mapping[str, Capacity], now: float) -> Held:
-    """The route taken on. Raises Conflict, which has then changed nothing."""
+    """The route taken on. Raises Conflict or NotReady, which has then changed nothing."""
     if held is not None:
         if route.epoch < held.route.epoch:
             raise Conflict(
@@ -85,14 +85,14 @@ def _check_capacity(route: Route, capacity: Mapping[str, Capacity]) -> None:
     stable_share = 100 - route.weight if route.stable is not None else 0
     needs_stable = stable_share > 0 or (route.weight == 100 and route.shadow > 0)
     if route.stable is not None and needs_stable and _ready(capacity, route.stable).ready == 0:
-        raise Conflict(f"version {route.stable} of {route.model} has no ready replica to send the stable traffic to")
+        raise NotReady(f"version {route.stable} of {route.model} has no ready replica to send the stable traffic to")
     if route.candidate is None or not (route.weight or route.shadow):
         return
     candidate = _ready(capacity, route.candidate)
     if candidate.ready == 0:
-        raise Conflict(f"version {route.candidate} of {route.model} has no ready replica to send traffic to")
+        raise NotReady(f"version {route.candidate} of {route.model} has no ready replica to send traffic to")
     if candidate.ready * 100 < route.weight * candidate.replicas:
-        raise Conflict(
+        raise NotReady(
             f"{candidate.ready} of {candidate.replicas} replicas of version {route.candidate} of {route.model} are"
             f" ready: too few for a weight of {route.weight} %"
         )

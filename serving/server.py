@@ -11,11 +11,9 @@ import gc
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import uvloop
 
@@ -23,6 +21,7 @@ from serving.batching import Batcher, Predictor
 from serving.connection import Host
 from serving.endpoints import Endpoints
 from serving.errors import CannotServe
+from serving.listening import closed_first, free
 from serving.metrics import Metrics
 from serving.model import Model, Signature
 from serving.protocol import Identity
@@ -88,7 +87,8 @@ class Server:
                     self._host.connect, settings.host, settings.port, backlog=_BACKLOG, reuse_address=True
                 )
             free(settings.uds)
-            listener = await self._loop.create_unix_server(self._host.connect, str(settings.uds), backlog=_BACKLOG)
+            listening = closed_first(settings.uds)
+            listener = await self._loop.create_unix_server(self._host.connect, sock=listening, backlog=_BACKLOG)
             settings.uds.chmod(0o600)
         except OSError as exc:
             where = settings.uds or f"{settings.host}:{settings.port}"
@@ -148,18 +148,6 @@ def predictor_for(signature: Signature, output: str | None, column: int) -> Pred
             if signature.outputs[at].datatype.numpy.kind in kinds:
                 return Predictor(at, column)
     return Predictor(None)
-
-
-def free(path: Path) -> None:
-    """Takes away the socket that a dead process left. Raises OSError when somebody listens there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            path.unlink(missing_ok=True)
-            return
-    raise OSError(98, "somebody listens there already")
 
 
 def _say(line: str) -> None:

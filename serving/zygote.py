@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from serving.errors import CannotServe
+from serving.listening import free
 
 _LINE_MAX = 65_536
 _EXITS_MAX = 256
@@ -171,12 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import pyarrow as pa
     import pyarrow.ipc
 
-    import serving.runtime
-    import serving.server
-
     pa.set_cpu_count(1)
     try:
-        serving.server.free(given.uds)
+        free(given.uds)
         listener = socket.socket(socket.AF_UNIX)
         before = os.umask(0o177)
         try:

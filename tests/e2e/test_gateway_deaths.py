@@ -248,3 +248,20 @@ def test_an_envoy_that_cannot_be_asked_any_more_is_replaced_when_the_agent_start
     agent.start()
     assert gone(pid)
     assert agent.ask_many(5) == {(200, "1"): 5}
+
+
+def test_killing_the_only_server_again_and_again_costs_no_request(tmp_path: Path) -> None:
+    """Nobody else could answer: what it was killed with is asked again once it is back."""
+    running = RunningAgent(tmp_path, "--attempt-timeout-s", "10")
+    try:
+        running.start()
+        running.deploy("1")
+        running.route("1", epoch=1)
+        with load(running) as seen:
+            for _ in range(3):
+                running.kill_server("1")
+                time.sleep(0.1)
+    finally:
+        running.stop()
+    assert only_successes(seen), seen
+    assert seen[200] > 50

@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from serving.listening import closed_first
+
 _REASONS = {200: "OK", 404: "Not Found", 500: "Internal Server Error"}
 
 
@@ -98,7 +100,8 @@ async def main() -> None:
     behaviour = behaviour_of(arguments)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(arguments.uds)  # noqa: PTH108 - nothing else runs on this loop yet
-    server = await asyncio.start_unix_server(StandIn(arguments, behaviour).serve, arguments.uds)
+    serve = StandIn(arguments, behaviour).serve
+    server = await asyncio.start_unix_server(serve, sock=closed_first(Path(arguments.uds)))
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await stop.wait()

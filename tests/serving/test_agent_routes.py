@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.traffic import Key, Route, Rule
-from serving.agent_errors import BadRequest, Conflict
+from serving.agent_errors import BadRequest, Conflict, NotReady
 from serving.routes import (
     Capacity,
     Held,
@@ -114,7 +114,7 @@ def test_a_lease_is_on_a_share_that_can_be_taken_back(route: Route, has_lease: b
     ],
 )
 def test_weight_never_exceeds_ready_capacity(route: Route, capacity: dict[str, Capacity], refused: str) -> None:
-    with pytest.raises(Conflict, match=refused):
+    with pytest.raises(NotReady, match=refused):
         changed(None, route, capacity, now=0.0)
 
 
