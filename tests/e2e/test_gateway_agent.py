@@ -93,7 +93,7 @@ def test_a_lease_that_nobody_renews_puts_all_traffic_back(agent: RunningAgent) -
     agent.deploy("1")
     agent.deploy("2")
     agent.route("1", "2", weight=50, epoch=7, lease_s=1.0)
-    assert agent.client.renew("m", 7) == pytest.approx(1.0, abs=0.05)
+    assert 0.0 < agent.client.renew("m", 7) <= 1.0
     lost = until(lambda: agent.client.status()["models"]["m"]["route"]["lease_lost"], "the lease is lost", 5.0)
     assert lost["epoch"] == 7
     assert agent.ask_many(50) == {(200, "1"): 50}
