@@ -120,6 +120,23 @@ def status(as_json: Json = False) -> None:
     out.print(table if seen["models"] else "no model has been delivered yet")
 
 
+@app.command(epilog="Example: lockgate doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """What is wrong with this set-up, and what to do. Exit 1 if anything is."""
+    from flows.doctor import examined
+
+    seen = []
+    for each in examined():
+        seen.append(each)
+        if not as_json:
+            out.print(f"{'ok   ' if each.ok else 'WRONG'} {each.what}: {each.says}", markup=False)
+            if not each.ok:
+                out.print(f"      -> {each.todo}", markup=False)
+    if as_json:
+        _print([asdict(each) if not each.ok else {**asdict(each), "todo": ""} for each in seen])
+    raise typer.Exit(DONE if all(each.ok for each in seen) else REFUSED)
+
+
 # ---------------------------------------------------------------- deliveries
 
 

@@ -29,7 +29,10 @@ class Settings(BaseSettings):
     registry_poll_s: float = Field(10.0, gt=0, description="How often the registry is looked at without a hint.")
     mlflow_url: str | None = Field(None, description="An MLflow server elsewhere.")
     prefect_url: str | None = Field(None, description="A Prefect server elsewhere.")
-    ledger_url: str | None = Field(None, description="SQLAlchemy URL of the ledger; SQLite in `home` by default.")
+    database: str | None = Field(
+        None, description="URL of a PostgreSQL server for Prefect, MLflow and the ledger; SQLite in `home` by default."
+    )
+    ledger_url: str | None = Field(None, description="SQLAlchemy URL of the ledger; in `database` by default.")
     policies: Path | None = Field(None, description="Folder of the policies known by name; `home`/policies by default.")
     deliveries_at_once: int = Field(8, ge=1, description="Deliveries that the worker runs at once; others wait.")
     monitor_cron: str = Field("7 * * * *", description="When `monitor` runs; it looks at the models that are due.")

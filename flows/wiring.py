@@ -7,16 +7,19 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.settings import Settings
+from infra import health_local
+from infra.databases_postgresql import databases, shown
+from infra.health_local import Finding as Finding
 from infra.hints_mlflow import Doorkeeper as Doorkeeper
 from infra.hints_mlflow import Unbelievable as Unbelievable
 from infra.platform_local import (
     SILENCE,
-    Addresses,
     Beside,
     LocalPlatform,
     free_port,
@@ -25,17 +28,23 @@ from infra.platform_local import (
     secret,
 )
 from infra.platform_local import (
+    Addresses as Addresses,
+)
+from infra.platform_local import (
     Part as Part,
 )
 from infra.platform_local import (
     announce as _announce,
 )
+from policies.traffic import Route
 from tasks.ports import BadInput, Ledger, PortError, Ports
 from tasks.ports_monitor import MonitorPorts
 
 if TYPE_CHECKING:
     from infra.labels_arrow import LabelStore
 
+
+health = health_local
 
 _RECONCILER = Beside("Reconciler", "flows.reconciler")
 _BESIDE = (
@@ -64,6 +73,8 @@ def platform(settings: Settings) -> LocalPlatform:
         gateway_port=settings.gateway_port,
         evidently_port=settings.evidently_port,
         trigger_port=settings.trigger_port,
+        database=settings.database,
+        ledger=settings.ledger_url,
         beside=_BESIDE,
         env=settings.variables(),
     )
@@ -80,6 +91,18 @@ def located(settings: Settings) -> Addresses:
     if addresses is None:
         raise PortError(f"no platform runs in {settings.folder}; start one with: lockgate up")
     return addresses
+
+
+def where(settings: Settings) -> Addresses | None:
+    """Where the platform is, if one runs. Raises PortError if that cannot be told."""
+    return running(settings.folder)
+
+
+def routes(settings: Settings) -> Mapping[str, Route]:
+    """The traffic of each model, asked of the running platform's agent alone. Raises PortError."""
+    from infra.router_envoy import EnvoyRouter
+
+    return EnvoyRouter(located(settings).agent_home).routes()
 
 
 def configure(settings: Settings | None = None) -> None:
@@ -114,6 +137,7 @@ def clear_demo(home: Path) -> None:
 
 def demo_platform(home: Path) -> LocalPlatform:
     """A platform of the demo's own; where they are free, on the ports that `lockgate up` will have: links stay good."""
+    os.environ |= {"LOCKGATE_DATABASE": "", "LOCKGATE_LEDGER_URL": ""}  # what a demo leaves stands in its folder alone
     settings = Settings(home=home)
     usual = (settings.prefect_port, settings.mlflow_port, settings.gateway_port)
     prefect, mlflow, gateway = (port if is_free(port) else free_port() for port in usual)
@@ -152,11 +176,23 @@ def replay(home: Path, gateway: str, model: str, rate: float) -> Part:
 
 
 def ledger(settings: Settings) -> Ledger:
-    """The ledger alone; it needs no running platform if its URL is set or its file is there."""
+    """The ledger alone; it needs no running platform. Raises BadInput where one runs that keeps another."""
     from infra.ledger_sql import SqlLedger
 
     settings.folder.mkdir(parents=True, exist_ok=True)
-    return SqlLedger(settings.ledger_url or f"sqlite:///{settings.folder / 'ledger.db'}")
+    url = settings.ledger_url or databases(settings.folder, settings.database).ledger
+    addresses = running(settings.folder)
+    if addresses is not None and addresses.ledger not in ("", shown(url)):
+        raise BadInput(
+            f"the platform in {settings.folder} keeps its ledger in {addresses.ledger}, and this command would write"
+            f" to {shown(url)}; set LOCKGATE_DATABASE (or LOCKGATE_LEDGER_URL) as it was for `lockgate up`"
+        )
+    return SqlLedger(url)
+
+
+def has_ledger(settings: Settings) -> bool:
+    """Whether there is one to be read: opening one that is a file would make it."""
+    return bool(settings.ledger_url or settings.database) or (settings.folder / "ledger.db").exists()
 
 
 def label_store(settings: Settings) -> LabelStore:

@@ -98,3 +98,13 @@ def subscribe(uri: str, cache: Path, url: str, secret: str) -> None:
             client.update_webhook(mine[0].webhook_id, url=url, events=list(EVENTS), secret=secret, status="ACTIVE")
         else:
             client.create_webhook(_NAME, url, list(EVENTS), description="lockgate's trigger receiver", secret=secret)
+
+
+def subscribed(uri: str, cache: Path, url: str) -> bool:
+    """Whether the registry sends its hints to `url` now. Raises PortError."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with errors_mlflow.asking("say where hints are sent", uri, cache):
+        hooks = client.list_webhooks(max_results=100)
+        return any(hook.url == url and str(hook.status) == "ACTIVE" for hook in hooks)

@@ -24,6 +24,7 @@ import httpx
 import psutil
 
 from infra.agent_client import AgentClient, AgentError
+from infra.databases_postgresql import create, databases, shown
 from tasks.ports import BadInput, PortError
 
 _READY_S = 120.0
@@ -61,6 +62,7 @@ class Addresses:
     started: float = 0.0
     ready: bool = False
     evidently_port: int | None = None
+    ledger: str = ""  # its URL, without a password
 
     @property
     def evidently(self) -> str | None:
@@ -251,6 +253,8 @@ class LocalPlatform:
     gateway_port: int = 8080
     evidently_port: int | None = None  # without one, its UI does not run
     trigger_port: int | None = None
+    database: str | None = None  # URL of a PostgreSQL server; SQLite files in `home` without one
+    ledger: str | None = None  # URL of a ledger elsewhere
     beside: tuple[Beside, ...] = ()
     env: dict[str, str] = field(default_factory=dict)  # what the processes beside it are to know
     parts: list[Part] = field(default_factory=list)
@@ -263,6 +267,9 @@ class LocalPlatform:
         self._check_ports()
         (self.home / "logs").mkdir(parents=True, exist_ok=True)
         self.home.chmod(0o700)
+        if self.database:
+            for name in create(self.database):
+                progress(f"database {name} was made")
         self.parts = [self._prefect(), self._mlflow(), self._agent()]
         if self.evidently_port is not None:
             self.parts.append(self._evidently(self.evidently_port))
@@ -297,7 +304,10 @@ class LocalPlatform:
         self.trigger_port = self.trigger_port or free_port()
         ports = (self.prefect_port, self.mlflow_port, self.gateway_port, self.trigger_port)
         started = me.create_time()
-        return Addresses(str(self.home), *ports, pid=me.pid, started=started, evidently_port=self.evidently_port)
+        ledger = shown(self.ledger or databases(self.home, self.database).ledger)
+        return Addresses(
+            str(self.home), *ports, pid=me.pid, started=started, evidently_port=self.evidently_port, ledger=ledger
+        )
 
     def supervise(self) -> Iterator[str]:
         """Once a call: restarts parts that died (with back-off), and yields a line for each."""
@@ -362,18 +372,19 @@ class LocalPlatform:
             {
                 "PREFECT_HOME": str(self.home / "prefect"),
                 "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{self.prefect_port}/api",
-                "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self.home / 'prefect.db'}",
+                "PREFECT_API_DATABASE_CONNECTION_URL": databases(self.home, self.database).prefect,
             },
         )
 
     def _mlflow(self) -> Part:
-        store = [f"--backend-store-uri=sqlite:///{self.home / 'mlflow.db'}"]
         artifacts = ["--serve-artifacts", f"--artifacts-destination={self.home / 'artifacts'}", "--workers=1"]
         return self._part(
             "MLflow",
-            ["-m", "mlflow", "server", "--host=127.0.0.1", f"--port={self.mlflow_port}", *store, *artifacts],
+            ["-m", "mlflow", "server", "--host=127.0.0.1", f"--port={self.mlflow_port}", *artifacts],
             _answers(f"http://127.0.0.1:{self.mlflow_port}/health"),
             {
+                # Not as an argument: those can be read by everybody on the machine.
+                "MLFLOW_BACKEND_STORE_URI": databases(self.home, self.database).mlflow,
                 "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
                 # Hints go to the receiver on this machine, over HTTP; one that is new is in force at once.
                 "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",

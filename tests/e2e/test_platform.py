@@ -1,0 +1,101 @@
+"""The whole platform on one PostgreSQL server: well by its own word, also after each of its parts was killed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import psutil
+import psycopg
+import pytest
+
+from tests.e2e import toy
+from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
+from tests.infra.postgresql_server import postgresql, programs_or_skip
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore::Warning")]
+
+PARTS = {
+    "Prefect": "prefect server start",
+    "MLflow": "mlflow server",
+    "Agent": "serving.agent",
+    "Worker": "flows.worker",
+    "Receiver": "flows.receiver",
+    "Reconciler": "flows.reconciler",
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with postgresql(programs_or_skip()) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def platform(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    files, home = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("home")
+    (files / "toy.yaml").write_text(toy.POLICY)
+    with running_platform(home, files, LOCKGATE_DATABASE=server) as made:
+        yield made
+
+
+def wrong(platform: Platform) -> dict[str, str]:
+    """What `lockgate doctor` finds wrong."""
+    seen = platform.lockgate("doctor", "--json")
+    found = {each["what"]: each["says"] for each in seen.json if not each["ok"]}
+    assert seen.code == (1 if found else 0)
+    return found
+
+
+def part(platform: Platform, name: str) -> psutil.Process | None:
+    """The part's process, if it lives: the one that the supervisor started."""
+    supervisor = next(p for p in psutil.process_iter() if _is_of(platform, p, "flows.cli up"))
+    for child in supervisor.children():
+        if PARTS[name] in " ".join(child.cmdline()):
+            return child
+    return None
+
+
+def _is_of(platform: Platform, process: psutil.Process, words: str) -> bool:
+    try:
+        if words not in " ".join(process.cmdline()):
+            return False
+        return process.environ().get("LOCKGATE_HOME") == str(platform.home)
+    except psutil.Error:
+        return False
+
+
+def test_one_setting_puts_all_three_databases_on_postgresql_and_a_delivery_goes_through(
+    platform: Platform, server: str
+) -> None:
+    wait_until(lambda: not wrong(platform), 60, "the platform is well by its own word")
+    run = platform.deliver(toy.make(platform.files / "v1"))
+    assert run.code == 0, run.err + run.out
+    counted = {}
+    tables = {"lockgate_prefect": "flow_run", "lockgate_mlflow": "model_versions", "lockgate": "lockgate_entries"}
+    for name, table in tables.items():
+        with psycopg.connect(server.replace("/postgres?", f"/{name}?")) as connection:
+            counted[name] = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+    assert all(row is not None and row[0] > 0 for row in counted.values()), counted
+    assert not list(platform.home.glob("*.db")), "nothing is in files besides"
+    assert platform.lockgate("audit", "verify").code == 0
+    # A command that was not told of the database must not begin a second ledger.
+    other = platform.lockgate("status", LOCKGATE_DATABASE="")
+    assert other.code == 2
+    assert "LOCKGATE_DATABASE" in other.err
+
+
+def test_every_part_that_is_killed_comes_back_and_then_a_delivery_goes_through(platform: Platform) -> None:
+    before = {name: part(platform, name) for name in PARTS}
+    assert all(before.values()), before
+    with Clients(platform.ports["GATEWAY"], "toy", toy.REQUEST) as traffic:
+        for process in before.values():
+            assert process is not None
+            process.send_signal(signal.SIGKILL)
+        for name, old in before.items():
+            assert old is not None
+            wait_until(lambda: (now := part(platform, name)) is not None and now.pid != old.pid, 120, name)  # noqa: B023
+        wait_until(lambda: not wrong(platform), 120, "the platform is well again by its own word")
+        run = platform.deliver(toy.make(platform.files / "v2", seed=2))
+        assert run.code == 0, run.err + run.out
+    assert traffic.failed() == [], "the gateway and the servers went on without the agent"
