@@ -339,9 +339,9 @@ def plan(
         traffic = planning.Traffic(rps or 0.0, error_rate, slow_rate, label_lag)
     made = planning.planned(parsed, traffic)
     if as_json:
-        _print(planning.document(made, traffic))
+        _print(planning.document(made, traffic, parsed))
     else:
-        out.print("\n".join(planning.lines(made, traffic)), markup=False)
+        out.print("\n".join(planning.lines(made, traffic, parsed)), markup=False)
     if made.problems:
         _fail("\n".join(made.problems), USAGE)
 

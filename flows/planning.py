@@ -8,6 +8,7 @@ from typing import Any
 from policies.evidence import LATENCY_EDGES_MS
 from policies.plan import Plan, duration, plan
 from policies.policy import Policy
+from policies.words import freezes
 from tasks.ports import BadInput, NotThere, Ports
 
 MEASURED_S = 10.0
@@ -54,9 +55,10 @@ def measure(ports: Ports, model: str, policy: Policy) -> Traffic:
     return Traffic(requests / passed / live, min(counts.errors / max(counts.requests, 1), 1.0), slow)
 
 
-def document(made: Plan, traffic: Traffic) -> dict[str, Any]:
+def document(made: Plan, traffic: Traffic, policy: Policy) -> dict[str, Any]:
     """The plan, JSON-able; infinite times are None."""
-    body: dict[str, Any] = {"traffic": asdict(traffic), **asdict(made), "ok": not made.problems}
+    freeze = [each.model_dump(by_alias=True) for each in policy.governance.freeze]
+    body: dict[str, Any] = {"traffic": asdict(traffic), **asdict(made), "freeze": freeze, "ok": not made.problems}
     return dict(_finite(body))
 
 
@@ -68,7 +70,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
 
 
-def lines(made: Plan, traffic: Traffic) -> list[str]:
+def lines(made: Plan, traffic: Traffic, policy: Policy) -> list[str]:
     """The plan as text."""
     shares = f"{traffic.error_rate:.2%} of them failing, {traffic.slow_rate:.2%} slow"
     told = [f"At {traffic.rps:.4g} requests a second, {shares}:"]
@@ -80,7 +82,7 @@ def lines(made: Plan, traffic: Traffic) -> list[str]:
             needs = f"passes below {gate.margin:.3g} after {_time(gate.needs_s)} ({gate.needs:,.0f} seen)"
             told.append(f"  {gate.gate}: {needs}; {seen} by its end")
     told.append(f"Whole rollout: {_time(made.eta_s)}; {made.exposed:,} requests of clients before promotion.")
-    return told
+    return [*told, *freezes(policy.governance.freeze)]
 
 
 def _time(seconds: float) -> str:

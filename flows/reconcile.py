@@ -184,11 +184,13 @@ def _abandoned(entries: Sequence[Entry], now: float) -> bool:
 
 
 def _only_waits(entries: Sequence[Entry], now: float) -> bool:
-    """Whether people are asked for approval before anything is live: nobody writes then, and nothing is at stake."""
+    """Whether it waits for people, or for a freeze to end, before anything is live: nobody writes then, and nothing is
+    at stake."""
     state = fold(entries)
     assert state is not None
     limit = due(state)
-    return state.phase is Phase.PENDING and state.question is not None and limit is not None and now < limit
+    waits = state.phase is Phase.PENDING and (state.question is not None or state.frozen is not None)
+    return waits and limit is not None and now < limit
 
 
 def _go_on(controller: Controller, entries: Sequence[Entry], done: Pass) -> None:

@@ -143,7 +143,7 @@ def _begin(ports: Ports, former: Rollout, entries: list[Entry], name: str, by: s
         candidate=former.candidate,
         digest=former.digest,
         stable=route.stable if route else None,
-        terms=replace(former.terms, stops=(), watch_s=0.0, watch_shadow=0, approvals=None),
+        terms=replace(former.terms, stops=(), watch_s=0.0, watch_shadow=0, approvals=None, freeze=()),
         reason=reason,
         by=by,
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from policies.freeze import Window
 from policies.verdict import Verdict
 
 
@@ -102,6 +103,7 @@ class Terms:
     check_s: float = 1800.0
     effect_s: float = 120.0
     approvals: Quorum | None = None
+    freeze: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ def from_body(kind: str, body: Mapping[str, Any], at: float, number: int) -> Eve
         stops = tuple(Stop(**{**stop, "phase": Phase(stop["phase"])}) for stop in known["terms"]["stops"])
         quorum = known["terms"].get("approvals")
         approvals = Quorum(**{**quorum, "by": tuple(quorum["by"])}) if quorum else None
-        known["terms"] = Terms(**{**known["terms"], "stops": stops, "approvals": approvals})
+        freeze = tuple(Window(**window) for window in known["terms"].get("freeze", ()))
+        known["terms"] = Terms(**{**known["terms"], "stops": stops, "approvals": approvals, "freeze": freeze})
     if "verdict" in known:
         known["verdict"] = Verdict(known["verdict"])
     return made(at=at, number=number, **known)

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import re
+from datetime import date, datetime
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -20,10 +21,12 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from policies.audience import Audience
+from policies.freeze import Window, window
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)$")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -355,10 +358,35 @@ class Approvals(_Strict):
         return self
 
 
+class Freeze(_Strict):
+    """A time in which nothing new is let on: once, or every week (`from: fri 16:00`, `to: mon 08:00`, in UTC)."""
+
+    begins: str = Field(
+        alias="from", description="A time with its zone (2026-12-23T18:00Z), or of the week (fri 16:00)."
+    )
+    ends: str = Field(alias="to", description="When it is over: a time of the same kind.")
+    why: str = Field("", description="What it is for.")
+
+    @field_validator("begins", "ends", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return value.isoformat() if isinstance(value, (datetime, date)) else value  # YAML reads times by itself
+
+    @model_validator(mode="after")
+    def _sound(self) -> Freeze:
+        self.window()
+        return self
+
+    def window(self) -> Window:
+        """The same for machines."""
+        return window(self.begins, self.ends, self.why)
+
+
 class Governance(_Strict):
     """What people decide."""
 
     approvals: Approvals | None = None
+    freeze: tuple[Freeze, ...] = Field((), description="When nothing new is let on. What goes back never waits for it.")
 
 
 class Trigger(_Strict):

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
-from policies import approval
+from policies import approval, freeze
 from policies.approval import Question
 from policies.events import (
     ENDED,
@@ -64,6 +65,7 @@ def terms(policy: Policy) -> Terms:
         pause_max_s=rules.pause_max,
         on_exhausted=rules.on_exhausted,
         approvals=_quorum(policy),
+        freeze=tuple(each.window() for each in policy.governance.freeze),
     )
 
 
@@ -102,6 +104,7 @@ class Rollout:
     evidence_hash: str = ""  # of the last look, or of the checks
     question: Question | None = None  # people are asked for approval
     approved: bool = False
+    frozen: float | None = None  # it would have gone on, and may not before this time
 
     @property
     def ended(self) -> bool:
@@ -129,6 +132,8 @@ class Rollout:
             where = f"canary {self.stop.weight} %"
         if self.phase is Phase.SHADOW:
             where = f"shadow {self.stop.shadow} %"
+        if self.frozen is not None:
+            where += f", frozen until {datetime.fromtimestamp(self.frozen, UTC):%Y-%m-%d %H:%M} UTC"
         return f"{where}, waiting for approval" if self.question else where
 
 
@@ -200,12 +205,16 @@ def due(state: Rollout) -> float | None:
     if state.ended and not state.pending:
         return None
     limits = state.terms
+    if state.phase is Phase.PENDING and not state.pending and state.frozen is not None:
+        return state.frozen
     if state.phase is Phase.PENDING and state.question is None:
         return state.since + limits.check_s
     if state.pending:
         return state.since + limits.effect_s
     if state.paused_at is not None:
         return state.paused_at + limits.pause_max_s
+    if state.frozen is not None and state.blind_since is None:  # it has its evidence, and waits for nothing else
+        return state.frozen + limits.patience_s
     if state.question is not None:
         return _silence_ends(state)
     exhausted = state.since + _length(state) + limits.patience_s
@@ -235,7 +244,7 @@ def _length(state: Rollout) -> float:
 
 def _move(state: Rollout, event: Event, phase: Phase, **changes: Any) -> Rollout:
     fresh: dict[str, Any] = {
-        "pending": (), "paused_at": None, "blind_since": None, "verdict": Verdict.HOLD, "question": None
+        "pending": (), "paused_at": None, "blind_since": None, "verdict": Verdict.HOLD, "question": None, "frozen": None
     }  # fmt: skip
     return _with(state, phase=phase, since=event.at, moved_by=event.number, **{**fresh, **changes})
 
@@ -246,6 +255,12 @@ def _post(state: Rollout, *effects: Effect) -> tuple[Effect, ...]:
 
 def _go_on(state: Rollout, event: Event, to: int, order: str = "") -> Rollout:
     """On to stage `to`, or to the promotion; where people must agree first it asks them, and stays where it is."""
+    frozen = freeze.until(state.terms.freeze, event.at)
+    if frozen is not None and order:
+        raise Illegal(state, event, _frozen(state.terms, event.at, frozen))
+    if frozen is not None:
+        return state if state.frozen == frozen else _with(state, frozen=frozen)
+    state = _with(state, frozen=None) if state.frozen is not None else state
     quorum, question = state.terms.approvals, state.question
     if quorum is not None and not state.approved and approval.needed(state.terms, to):
         if question is None or (question.to, question.ordered) != (to, bool(order)):
@@ -255,6 +270,12 @@ def _go_on(state: Rollout, event: Event, to: int, order: str = "") -> Rollout:
             return _on_time(state, event)
         state = _with(state, approved=True)
     return _promote(state, event, order) if order else _enter_stage(state, event, to)
+
+
+def _frozen(limits: Terms, at: float, until: float) -> str:
+    because = freeze.why(limits.freeze, at)
+    told = f" ({because})" if because else ""
+    return f"nothing new is let on before {datetime.fromtimestamp(until, UTC):%Y-%m-%d %H:%M} UTC{told}"
 
 
 def _enter_stage(state: Rollout, event: Event, stage: int) -> Rollout:
@@ -412,6 +433,8 @@ def _on_time(state: Rollout, event: Event) -> Rollout:
     limit = due(state)
     if limit is None or event.at < limit:
         return state
+    if state.phase is Phase.PENDING and not state.pending and state.frozen is not None:
+        return _go_on(state, event, 0)
     if state.question is not None and not state.pending and state.paused_at is None:
         return _unanswered(state, event)
     if state.phase is Phase.PENDING or state.pending:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from policies.audience import Audience
-from policies.policy import Approvals, Benchmark, Gates, Monitor, Policy, RolloutPolicy, Validate
+from policies.policy import Approvals, Benchmark, Freeze, Gates, Monitor, Policy, RolloutPolicy, Validate
 
 
 def duration(seconds: float) -> str:
@@ -36,7 +38,14 @@ def explain(policy: Policy) -> list[str]:
         "Once it serves:",
         *(f"  - {line}" for line in _monitor(policy.monitor)),
         *_approvals(policy.governance.approvals),
+        *freezes(policy.governance.freeze),
     ]
+
+
+def freezes(windows: Sequence[Freeze]) -> list[str]:
+    """When nothing new is let on."""
+    told = [f"  - From {each.begins} to {each.ends}" + (f": {each.why}." if each.why else ".") for each in windows]
+    return ["", "Nothing new is let on (what goes back never waits):", *told] if told else []
 
 
 def _approvals(asked: Approvals | None) -> list[str]:

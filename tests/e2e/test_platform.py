@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import psutil
 import psycopg
 import pytest
 
+from infra.platform_local import running
 from tests.e2e import toy
 from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
 from tests.infra.postgresql_server import postgresql, programs_or_skip
@@ -42,6 +44,7 @@ def platform(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def wrong(platform: Platform) -> dict[str, str]:
     """What `lockgate doctor` finds wrong."""
     seen = platform.lockgate("doctor", "--json")
+    assert seen.out, seen.err
     found = {each["what"]: each["says"] for each in seen.json if not each["ok"]}
     assert seen.code == (1 if found else 0)
     return found
@@ -49,20 +52,13 @@ def wrong(platform: Platform) -> dict[str, str]:
 
 def part(platform: Platform, name: str) -> psutil.Process | None:
     """The part's process, if it lives: the one that the supervisor started."""
-    supervisor = next(p for p in psutil.process_iter() if _is_of(platform, p, "flows.cli up"))
-    for child in supervisor.children():
-        if PARTS[name] in " ".join(child.cmdline()):
-            return child
+    addresses = running(platform.home)
+    assert addresses is not None
+    for child in psutil.Process(addresses.pid).children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if PARTS[name] in " ".join(child.cmdline()):
+                return child
     return None
-
-
-def _is_of(platform: Platform, process: psutil.Process, words: str) -> bool:
-    try:
-        if words not in " ".join(process.cmdline()):
-            return False
-        return process.environ().get("LOCKGATE_HOME") == str(platform.home)
-    except psutil.Error:
-        return False
 
 
 def test_one_setting_puts_all_three_databases_on_postgresql_and_a_delivery_goes_through(
