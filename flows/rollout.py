@@ -270,7 +270,7 @@ class Controller:
         if stable is None or (route is not None and route.stable == stable):
             return
         self._deploy(stable, self.ports.registry.version(model, stable).digest)
-        alone = Route(model, stable=stable, epoch=effect.asked_by)
+        alone = Route(model, stable=stable, epoch=effect.asked_by, timeout_s=self.policy.rollout.timeout)
         self.run(set_traffic, self.ports.router, alone, name=f"route: v{stable} alone")
 
     def _deploy(self, number: str, digest: str) -> None:

@@ -27,6 +27,7 @@ from pydantic import (
 
 from policies.audience import Audience
 from policies.freeze import Window, window
+from policies.traffic import TIMEOUT_S_MAX
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)$")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -272,6 +273,9 @@ class RolloutPolicy(_Strict):
     on_exhausted: Literal["rollback", "pause"] = "rollback"
     stages: tuple[Stage, ...] = Field(min_length=1)
     audience: Audience = Audience()
+    timeout: Annotated[Seconds, Field(gt=0, le=TIMEOUT_S_MAX)] | None = Field(
+        None, description="A request is answered within it; a version that has not answered in half of it has failed."
+    )
     gates: Gates = Gates()
     watch: Watch = Watch()
     look_every: Seconds = Field(1.0, gt=0)

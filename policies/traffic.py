@@ -11,6 +11,7 @@ KEY_HEADER = "x-lockgate-key"
 TENANT_HEADER = "x-lockgate-tenant"
 APART_HEADER = "x-lockgate-apart"  # the gateway's mark on requests that were not split by chance
 RULED_VALUES_MAX = 1000
+TIMEOUT_S_MAX = 30.0  # what takes longer could not be counted by its latency
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")  # RFC 9110, section 5.6.2
 _VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,254}[\x21-\x7e])?")
 _COOKIE_VALUE = re.compile(r"[\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]{1,256}")  # RFC 6265, section 4.1.1
@@ -58,6 +59,8 @@ class Route:
     `epoch` orders changes: whoever holds the route refuses an older one. With `lease_s`, the candidate's share ends
     that long after the last renewal, by itself.
 
+    With `timeout_s`, a request is answered within it, by 504 if need be; whoever is asked first has half of it.
+
     Whoever has the same value under `key` gets the same version. `rules` are the exceptions: to `stable` as long as
     there is a candidate, no copies either; to the candidate while both answer. The former win where both fit.
     """
@@ -71,8 +74,11 @@ class Route:
     lease_s: float | None = None
     key: Key = Key()
     rules: tuple[Rule, ...] = ()
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
+        if self.timeout_s is not None and not 0 < self.timeout_s <= TIMEOUT_S_MAX:
+            raise ValueError(f"a time-out of {self.timeout_s!r} s is not between 0 and {TIMEOUT_S_MAX:g}")
         if not 0 <= self.weight <= 100:
             raise ValueError(f"weight {self.weight} is not between 0 and 100 percent")
         if not 0 <= self.shadow <= 100:

@@ -30,7 +30,7 @@ def explain(policy: Policy) -> list[str]:
         "",
         "On live traffic:",
         *(f"  {number}. {line}" for number, line in enumerate(_stages(policy.rollout), 1)),
-        *(f"  - {line}" for line in _audience(policy.rollout.audience)),
+        *(f"  - {line}" for line in (*_audience(policy.rollout.audience), *_timeout(policy.rollout.timeout))),
         "",
         "At every look:",
         *(f"  - {line}" for line in (*_gates(policy.rollout.gates), *_limits(policy.rollout))),
@@ -141,6 +141,13 @@ def _audience(audience: Audience) -> list[str]:
         )  # fmt: skip
         lines.append(f"{whose}, {where}; they count for no gate.")
     return lines
+
+
+def _timeout(seconds: float | None) -> list[str]:
+    if seconds is None:
+        return []
+    each = "a version that has not answered in half of it has failed, and the stable version is asked"
+    return [f"Every request is answered within {duration(seconds)}: {each}."]
 
 
 def _gates(gates: Gates) -> list[str]:

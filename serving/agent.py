@@ -86,6 +86,7 @@ def _parse(arguments: Sequence[str] | None) -> AgentSettings:
     parser.add_argument("--request-timeout-s", type=float, default=defaults.request_timeout_s)
     parser.add_argument("--attempt-timeout-s", type=float, default=defaults.attempt_timeout_s)
     parser.add_argument("--shadow-timeout-s", type=float, default=defaults.shadow_timeout_s)
+    parser.add_argument("--requests-max", type=int, default=defaults.requests_max, help="under way on one version")
     parser.add_argument("--access-log", action="store_true", help="a line of JSON per request in HOME/logs/access.log")
     parser.add_argument("--server-command", default=None, help="instead of `python -m serving.server`")
     given = parser.parse_args(arguments)
@@ -97,11 +98,14 @@ def _parse(arguments: Sequence[str] | None) -> AgentSettings:
         request_timeout_s=given.request_timeout_s,
         attempt_timeout_s=given.attempt_timeout_s,
         shadow_timeout_s=given.shadow_timeout_s,
+        requests_max=given.requests_max,
         access_log=str(home / "logs" / "access.log") if given.access_log else None,
     )
     longest_s = LATENCY_EDGES_MS[-1] / 1000
     if not 0 < given.attempt_timeout_s <= given.request_timeout_s <= longest_s:
         parser.error(f"0 < --attempt-timeout-s <= --request-timeout-s <= {longest_s:g} must hold")
+    if given.requests_max < 1:
+        parser.error(f"--requests-max must be at least 1, not {given.requests_max}")
     made = AgentSettings(home, settings, given.gateway_threads)
     if given.server_command:
         made = replace(made, server_command=tuple(shlex.split(given.server_command)))

@@ -39,7 +39,7 @@ class Limits:
 
     queue_rows: int = 4096
     queue_bytes: int = 256 * 2**20
-    batch_rows: int = 512
+    batch_rows: int = 1024
     inline_ms: float = 5.0
 
 

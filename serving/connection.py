@@ -7,6 +7,7 @@ kernel. A client that sends or takes too slowly, too much or nonsense costs its 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
@@ -21,10 +22,14 @@ from serving.settings import HttpLimits
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-_HEADS_MAX = 256  # heads that are remembered: clients send the same one again and again (Envoy's have ids, and differ)
+_HEADS_MAX = 256  # heads that are remembered: clients send the same one again and again, but for the request's id
 _HEAD_LENGTH_MAX = 2048  # bytes; longer ones are not
 # A head with one of these will not come again, or is more than a head (and a secret is not kept longer than needed).
-_UNLIKE = (b"x-request-id", b"traceparent", b"authorization", b"cookie", b"transfer-encoding", b"expect")
+_UNLIKE = (b"traceparent", b"authorization", b"cookie", b"transfer-encoding", b"expect")
+
+
+_ID = b"\r\nx-request-id: "  # as Envoy writes it
+_PLAIN_ID = re.compile(rb"[!-~]{1,256}")
 
 
 class Head:
@@ -161,10 +166,12 @@ class Connection(asyncio.Protocol):
         self._active = perf_counter()
         if self._started is None:
             end = data.find(b"\r\n\r\n", 0, _HEAD_LENGTH_MAX) + 4
-            head = self._host.heads.get(data[:end])
+            same, request_id = _without_id(data[:end])
+            head = self._host.heads.get(same)
             if head is not None and len(data) == end + head.length:
                 # The parser has read this very head before, and it stands between two requests: it may rest.
-                self._take(Exchange(self, head.method, head.path, head.headers, data[end:], self._active))
+                headers = head.headers if request_id is None else {**head.headers, b"x-request-id": request_id}
+                self._take(Exchange(self, head.method, head.path, headers, data[end:], self._active))
                 return
             self._started = self._active
             self._whole = data
@@ -267,10 +274,13 @@ class Connection(asyncio.Protocol):
             return
         if int(headers.get(b"content-length", b"0")) != length or any(name in headers for name in _UNLIKE):
             return
+        same, request_id = _without_id(data[:end])
+        if headers.get(b"x-request-id") != request_id or b"x-request-id" in same.lower():
+            return
         heads = self._host.heads
         if len(heads) >= _HEADS_MAX:
             heads.clear()
-        heads[data[:end]] = Head(exchange.method, exchange.path, headers, length)
+        heads[same] = Head(exchange.method, exchange.path, headers, length)
 
     def _take(self, exchange: Exchange) -> None:
         """A whole request: its turn is now, or after those before it."""
@@ -364,3 +374,15 @@ class Connection(asyncio.Protocol):
 
     def _too_large(self) -> str:
         return f"the body has more than {self._host.limits.body_max} bytes, which is the most that is taken"
+
+
+def _without_id(head: bytes) -> tuple[bytes, bytes | None]:
+    """The head without its request id, and the id; the head as it is, and None, where no plain id is found."""
+    at = head.find(_ID)
+    if at < 0:
+        return head, None
+    end = head.find(b"\r\n", at + 2)
+    request_id = head[at + len(_ID) : end]
+    if _PLAIN_ID.fullmatch(request_id) is None:
+        return head, None
+    return head[:at] + head[end:], request_id

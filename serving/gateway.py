@@ -46,9 +46,10 @@ Json = dict[str, Any]
 class GatewaySettings:
     """What holds for all models. Durations in seconds, sizes in bytes.
 
-    `attempt_timeout_s` bounds one attempt (then the stable version is asked), `request_timeout_s` the whole request,
-    `shadow_timeout_s` a copy. What takes longer than `LATENCY_EDGES_MS[-1]` could not be counted by its latency. A body
-    beyond `body_bytes_max` is refused with 413: it could not be sent a second time.
+    `attempt_timeout_s` bounds one attempt (then the stable version is asked), `request_timeout_s` the whole request (a
+    route may say otherwise), `shadow_timeout_s` a copy. What takes longer than `LATENCY_EDGES_MS[-1]` could not be
+    counted by its latency. A body beyond `body_bytes_max` is refused with 413: it could not be sent a second time.
+    A version that has `requests_max` under way gets no more: 503, at once.
     """
 
     host: str = "127.0.0.1"
@@ -57,6 +58,7 @@ class GatewaySettings:
     attempt_timeout_s: float = 5.0
     shadow_timeout_s: float = 2.0
     body_bytes_max: int = 32 * 1024 * 1024  # the model server's own default
+    requests_max: int = 10_000
     shadow_requests_max: int = 256
     connections_max: int = 20_000
     access_log: str | None = None
@@ -133,7 +135,7 @@ def cluster_resources(backends: Iterable[Backend], settings: GatewaySettings) ->
 
 def _cluster(role: str, backend: Backend, settings: GatewaySettings) -> Json:
     name = cluster_name(role, backend.model, backend.version)
-    limit = settings.shadow_requests_max if role == "shadow" else 100_000
+    limit = settings.shadow_requests_max if role == "shadow" else settings.requests_max
     http: Json = {"explicit_http_config": {"http_protocol_options": {}}}
     # Shorter than the model server's own idle time-out, so that it never closes a connection that is being used.
     http["common_http_protocol_options"] = {"idle_timeout": "20s"}
@@ -179,7 +181,7 @@ def _outliers() -> Json:
 
 
 def _breakers(limit: int) -> Json:
-    """The servers bound their own queues and say so with 429; these limits only stop what is out of all proportion."""
+    """The servers bound their own queues and say so with 429; these limits are for servers that say nothing at all."""
     bounds = {"max_connections": limit, "max_pending_requests": limit, "max_requests": limit, "max_retries": limit}
     return {"thresholds": [{"priority": "DEFAULT", **bounds}]}
 

@@ -158,7 +158,13 @@ def _ruled(route: Route, version: str, settings: GatewaySettings) -> Json:
 
 
 def _asked(route: Route, weighted: list[Json], settings: GatewaySettings) -> Json:
-    """One of the clusters is asked, by the hash of whose request it is, and then the stable version."""
+    """One of the clusters is asked, by the hash of whose request it is, and then the stable version.
+
+    The route's own time-out leaves the second attempt as much time as the first.
+    """
+    whole_s, attempt_s = settings.request_timeout_s, settings.attempt_timeout_s
+    if route.timeout_s is not None:
+        whole_s, attempt_s = route.timeout_s, route.timeout_s / 2
     key = (
         {"header": {"header_name": route.key.name}}
         if route.key.kind == "header"
@@ -167,13 +173,13 @@ def _asked(route: Route, weighted: list[Json], settings: GatewaySettings) -> Jso
     return {
         "weighted_clusters": {"clusters": weighted, "use_hash_policy": True},
         "hash_policy": [{**key, "terminal": True}, {"header": {"header_name": "x-request-id"}}],
-        "timeout": duration(settings.request_timeout_s),
+        "timeout": duration(whole_s),
         "retry_policy": {
             "retry_on": "5xx,reset,connect-failure,refused-stream,retriable-status-codes",
             # A candidate with too little room answers 429; the stable version has room for what it had before.
             "retriable_status_codes": [429] if route.weight > 0 and route.stable is not None else [],
             "num_retries": 1,
-            "per_try_timeout": duration(settings.attempt_timeout_s),
+            "per_try_timeout": duration(attempt_s),
             "retry_back_off": {"base_interval": "0.001s", "max_interval": "0.002s"},
             "retry_priority": {
                 "name": "envoy.retry_priorities.previous_priorities",

@@ -44,12 +44,14 @@ class Histogram:
                 else:
                     self.counts[-1] += 1
             return
-        finite = np.isfinite(values)
-        known = np.where(finite, values, np.inf)
-        buckets = np.bincount(np.searchsorted(self._array, known), minlength=len(self.counts))
-        for at in np.flatnonzero(buckets).tolist():
-            self.counts[at] += int(buckets[at])
-        self.total += float(values.sum(where=finite))
+        with np.errstate(all="ignore"):
+            known, total = values, float(values.sum())
+        if total - total != 0.0:  # one of them is not finite, or their sum is beyond the range
+            finite = np.isfinite(values)
+            known, total = np.where(finite, values, np.inf), float(values.sum(where=finite))
+        for at, count in enumerate(np.bincount(np.searchsorted(self._array, known)).tolist()):
+            self.counts[at] += count
+        self.total += total
 
 
 class Metrics:

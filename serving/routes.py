@@ -154,6 +154,9 @@ def route_from(body: Mapping[str, Any], model: str) -> Route:
     lease = body.get("lease_s")
     if lease is not None and (isinstance(lease, bool) or not isinstance(lease, int | float) or not 0 < lease < 86400):
         raise BadRequest(f"'lease_s' must be seconds between 0 and 86400, or null, not {lease!r}")
+    timeout = body.get("timeout_s")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
+        raise BadRequest(f"'timeout_s' must be seconds or null, not {timeout!r}")
     try:
         return route_of({"stable": None, **body, "model": model})
     except KeyError as exc:

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prediction-output", help="the output that holds the prediction; default: the last float one")
     add("--prediction-column", default=-1, type=int, help="its column")
     add("--no-batching", dest="batching", action="store_false", help="run every request alone")
-    add("--max-batch-rows", default=512, type=_positive, help="rows per run")
+    add("--max-batch-rows", default=1024, type=_positive, help="rows per run")
     add("--inline-ms", default=5.0, type=float, help="a run expected to take longer runs in the worker thread")
     add("--samples", type=Path, metavar="DIR", help="keep sampled rows there, as Arrow files")
     add("--sample-share", default=1.0, type=_share, help="share of the requests whose rows are kept")

@@ -15,7 +15,7 @@ from tasks.ports import Router
 def route_for(state: Rollout, effect: Effect, policy: RolloutPolicy) -> Route:
     """The route that a ROUTE effect asks for. It carries a lease wherever there is a stable version to go back to."""
     if effect.version is not None or not (effect.weight or effect.shadow):
-        return Route(state.model, stable=effect.version, epoch=effect.asked_by)
+        return Route(state.model, stable=effect.version, epoch=effect.asked_by, timeout_s=policy.timeout)
     return Route(
         model=state.model,
         stable=state.stable,
@@ -26,6 +26,7 @@ def route_for(state: Rollout, effect: Effect, policy: RolloutPolicy) -> Route:
         lease_s=policy.lease if state.stable else None,
         key=policy.audience.key,
         rules=policy.audience.rules,
+        timeout_s=policy.timeout,
     )
 
 

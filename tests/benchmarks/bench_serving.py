@@ -2,8 +2,10 @@
 
 Each peer is installed in an environment of its own under build/peers, started on core 0 beside ours, and driven by
 `wrk` (core 1) in turn with ours, several rounds; a ratio is that of one round, and the median over the rounds is
-reported. So a busy machine costs both alike. Bodies rotate: a CPU learns a repeated one. Ours runs with metrics,
-sampling, checks and admission switched on. ONNX Runtime's own rate is a bare loop over `run` on the same core.
+reported. Where it is allowed (root), servers and `wrk` run as real-time processes of one priority: any other process,
+however nice, may hold a core for a scheduler's slice (4 ms), which costs him most who answers fastest. Bodies rotate: a
+CPU learns a repeated one. Ours runs with metrics, sampling, checks and admission switched on. ONNX Runtime's own rate
+is a bare loop over `run` on the same core.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ PATHS = {"litserve": "/predict", "mlflow": "/invocations"}
 OIP = "/v2/models/m/infer"
 COLUMNS, BODIES = 25, 64
 SERVER_CORE, CLIENT_CORE = 0, 1
+REAL_TIME = os.geteuid() == 0
 CASES = {"batch 1, 1 connection": (1, 1), "batch 1, 16 connections": (1, 16), "batch 32, 16 connections": (32, 16)}
 
 
@@ -84,9 +87,14 @@ def write_script(path: Path, rows: int, form: str) -> Path:
     return path
 
 
+def on_core(core: int) -> list[str]:
+    """What stands before a command that is to have the core for itself, as far as this user may ask for it."""
+    return [*(["chrt", "--rr", "1"] if REAL_TIME else []), "taskset", "-c", str(core)]
+
+
 def wrk(url: str, connections: int, seconds: int, script: Path) -> dict[str, float]:
     """Requests per second and p50/p99 in ms. Raises RuntimeError when an answer was not 2xx or 3xx."""
-    command = ["taskset", "-c", str(CLIENT_CORE), "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
+    command = [*on_core(CLIENT_CORE), "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
     done = subprocess.run([*command, "-s", str(script), url], capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in done or "Socket errors" in done:
         raise RuntimeError(f"{url} did not answer every request:\n{done}")
@@ -118,7 +126,7 @@ def python_of(peer: str) -> Path:
 def started(command: list[str], port: int, folder: Path, log: Path) -> Iterator[psutil.Process]:
     """The server on its core, listening; ended with its children afterwards."""
     with log.open("wb") as output:
-        process = psutil.Popen(["taskset", "-c", str(SERVER_CORE), *command], cwd=folder, stdout=output, stderr=output)
+        process = psutil.Popen([*on_core(SERVER_CORE), *command], cwd=folder, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 120
         while not listens(port):
@@ -231,7 +239,7 @@ def beside_runtime(model: Path, folder: Path, rounds: int, seconds: int) -> dict
     """Batch 32 at 64 connections, JSON and raw tensors, beside ONNX Runtime's bare rate; in turn."""
     port = free_port()
     scripts = {form: write_script(folder / f"{form}-32.lua", 32, form) for form in ("oip", "binary")}
-    bare = ["taskset", "-c", str(SERVER_CORE), sys.executable, "-c", RUNTIME_LOOP, str(model), str(seconds)]
+    bare = [*on_core(SERVER_CORE), sys.executable, "-c", RUNTIME_LOOP, str(model), str(seconds)]
     found: dict[str, Any] = {}
     print(f"bare ONNX Runtime, {model.stem}:", flush=True)
     with started(ours(model, folder / "samples", port), port, ROOT, folder / "ours.log"):
@@ -337,7 +345,7 @@ def main() -> int:
     raw["load_after"] = os.getloadavg()
     checks = checks_of(raw)
     machine = {"cores": os.cpu_count(), "cpu": cpu_name(), "python": platform.python_version()}
-    machine["onnxruntime"] = onnxruntime.__version__
+    machine |= {"onnxruntime": onnxruntime.__version__, "real_time": REAL_TIME}
     for one in checks:
         print(f"{'holds' if one['holds'] else 'FAILS':6} {one['what']:60} {one['value']:10} (bar {one['bar']})")
     given.out.parent.mkdir(parents=True, exist_ok=True)

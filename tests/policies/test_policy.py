@@ -53,6 +53,7 @@ def test_an_unknown_key_with_nothing_near_lists_what_is_known() -> None:
         ("rollout:", "rollout:\n  lease: 1s", "at least twice look_every"),
         ("rollout:", "rollout:\n  error_budget: 0", "greater than 0"),
         ("rollout:", "rollout:\n  error_budget: 1.5", "less than 1"),
+        ("rollout:", "rollout:\n  timeout: 2m", "less than or equal to 30"),
         ("policy: flights-cpu", "policy: Flights CPU", "match pattern"),
     ],
 )

@@ -38,6 +38,11 @@ def test_every_stage_and_every_gate_has_its_line() -> None:
         assert words in text
 
 
+def test_a_time_out_is_said_where_there_is_one() -> None:
+    assert "answered within" not in "\n".join(explain(parse(SOUND)))
+    assert "Every request is answered within 0.5 s" in "\n".join(explain(parse(SOUND + "  timeout: 500ms\n")))
+
+
 def test_limits_are_said_although_the_file_does_not_name_them() -> None:
     text = "\n".join(explain(parse(SOUND)))
     assert "goes back by itself" in text

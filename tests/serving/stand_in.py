@@ -1,7 +1,8 @@
 """A stand-in for the model server: same command line, same paths, no model.
 
 The "model" file is JSON that says how to behave: `{"mode": "ok" | "error" | "hang" | "slow" | "die" | "refuse"}`, with
-`slow_s` for slow ones and `error_share` for those that fail now and then. It answers every infer request with its
+`slow_s` for slow ones and `error_share` for those that fail now and then. SIGUSR1 makes this one process err, SIGUSR2
+ends that. On SIGTERM it finishes what it has begun. It answers every infer request with its
 version, the request's id and how many it has answered, so that tests can see who answered what.
 """
 
@@ -30,6 +31,8 @@ class StandIn:
         self.arguments = arguments
         self.behaviour = behaviour
         self.answered = 0
+        self.under_way = 0
+        self.sick = False
         self.errors = 0
         self.epoch = secrets.token_hex(4)
 
@@ -40,7 +43,11 @@ class StandIn:
                 request, *lines = head.decode().split("\r\n")
                 headers = dict(line.lower().split(": ", 1) for line in lines if ": " in line)
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
-                status, answer = await self.answer(request.split(" ")[1], headers, body)
+                self.under_way += 1
+                try:
+                    status, answer = await self.answer(request.split(" ")[1], headers, body)
+                finally:
+                    self.under_way -= 1
                 kept = f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-length: {len(answer)}\r\n\r\n"
                 writer.write(kept.encode() + answer)
                 await writer.drain()
@@ -62,11 +69,11 @@ class StandIn:
             await asyncio.sleep(3600)
         if mode == "slow":
             await asyncio.sleep(self.behaviour.get("slow_s", 0.2))
-        if mode == "error" or random.random() < self.behaviour.get("error_share", 0.0):
+        if mode == "error" or self.sick or random.random() < self.behaviour.get("error_share", 0.0):
             self.errors += 1
             return 500, b'{"error": "as asked"}'
         seen = {"version": self.arguments.version, "id": headers.get("x-request-id"), "answered": self.answered}
-        seen |= {"apart": headers.get("x-lockgate-apart"), "path": path, "bytes": len(body)}
+        seen |= {"pid": os.getpid(), "apart": headers.get("x-lockgate-apart"), "path": path, "bytes": len(body)}
         return 200, json.dumps(seen).encode()
 
     def metrics(self) -> str:
@@ -100,12 +107,18 @@ async def main() -> None:
     behaviour = behaviour_of(arguments)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(arguments.uds)  # noqa: PTH108 - nothing else runs on this loop yet
-    serve = StandIn(arguments, behaviour).serve
-    server = await asyncio.start_unix_server(serve, sock=closed_first(Path(arguments.uds)))
+    stand_in = StandIn(arguments, behaviour)
+    server = await asyncio.start_unix_server(stand_in.serve, sock=closed_first(Path(arguments.uds)))
     stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGUSR1, setattr, stand_in, "sick", True)
+    loop.add_signal_handler(signal.SIGUSR2, setattr, stand_in, "sick", False)
     await stop.wait()
     server.close()
+    leave = loop.time() + 5.0
+    while stand_in.under_way and behaviour.get("mode") == "slow" and loop.time() < leave:  # noqa: ASYNC110 - bounded
+        await asyncio.sleep(0.01)
     await asyncio.sleep(0.05)
 
 

@@ -130,7 +130,7 @@ def test_a_head_that_came_before_means_the_same_again_however_its_bytes_come(mod
 
 
 def test_a_head_that_came_before_needs_no_parser(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sent by itself and whole, as clients do that wait for their answer. Envoy's have a request id, and are parsed."""
+    """Sent by itself and whole, as clients do that wait for their answer. Envoy's differ by their request id."""
 
     class Unread:
         def __init__(self, _connection: object) -> None: ...
@@ -139,9 +139,17 @@ def test_a_head_that_came_before_needs_no_parser(model: Model, monkeypatch: pyte
             raise AssertionError(data)
 
     async def story(here: Here, port: Any) -> None:
-        assert statuses(await talk(port, infer(0, 0, 0, 0))) == [200]
+        seen = []
+        handle = here.host.handle
+        here.host.handle = lambda exchange: (seen.append(exchange.headers), handle(exchange))[1]
+        ids = [b"", b"x-request-id: one\r\n"]
+        for line in ids:
+            assert statuses(await talk(port, infer(0, 0, 0, 0, head=line + b"x-other: 1\r\n"))) == [200]
         monkeypatch.setattr(connection.httptools, "HttpRequestParser", Unread)
-        assert statuses(await talk(port, infer(9, 9, 9, 9))) == [200]
+        for line in (*ids, b"x-request-id: two\r\n"):
+            assert statuses(await talk(port, infer(9, 9, 9, 9, head=line + b"x-other: 1\r\n"))) == [200]
+        assert [headers.get(b"x-request-id") for headers in seen] == [None, b"one", None, b"one", b"two"]
+        assert all(headers[b"x-other"] == b"1" and headers[b"host"] == b"x" for headers in seen)
 
     told(model, story)
 
@@ -152,7 +160,14 @@ def _cut(data: bytes) -> list[bytes]:
 
 @pytest.mark.parametrize(
     "line",
-    [b"x-request-id: 7\r\n", b"authorization: secret\r\n", b"connection: close\r\n", b"expect: 100-continue\r\n"],
+    [
+        b"x-request-id: 7\r\nX-Request-Id: 8\r\n",
+        b"X-Request-ID: 7\r\n",
+        b"x-request-id: a b\r\n",
+        b"authorization: secret\r\n",
+        b"connection: close\r\n",
+        b"expect: 100-continue\r\n",
+    ],
 )
 def test_a_head_that_will_not_come_again_is_not_remembered(model: Model, line: bytes) -> None:
     async def story(here: Here, port: Any) -> None:

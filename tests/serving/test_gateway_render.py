@@ -33,6 +33,7 @@ ROUTES = {
     "ruled": Route("flights", "1", "2.0", weight=5, epoch=6, rules=RULES),
     "ruled-shadow": Route("flights", "1", "2.0", shadow=40, epoch=7, key=Key("cookie", "session"), rules=RULES),
     "ruled-watching": Route("flights", "1", "2.0", weight=100, shadow=10, epoch=8, rules=RULES),
+    "timed": Route("flights", "1", "2.0", weight=5, epoch=9, timeout_s=0.5),
     "first": Route("flights", None, "2.0", weight=100, epoch=5),
 }
 GOLDEN = Path(__file__).with_name("golden")
