@@ -256,4 +256,6 @@ def to_json(values: Array) -> Any:
         return values.tolist()
     if values.dtype == np.float16:
         values = values.astype(np.float32)
+    if values.dtype.char in "qQ":  # ONNX Runtime's 64-bit integers: C's long long, whose scalars orjson does not know
+        values = values.view(np.int64 if kind == "i" else np.uint64)
     return np.ascontiguousarray(values)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import onnxruntime
 import psutil
@@ -143,6 +144,16 @@ def started(command: list[str], port: int, folder: Path, log: Path) -> Iterator[
                 one.terminate()
         for one in psutil.wait_procs(family, timeout=10)[1]:
             one.kill()
+
+
+def kserve_s_client(model: Path, folder: Path) -> dict[str, bool]:
+    """What KServe's own client finds on our server, each with whether it is right."""
+    port = free_port()
+    script = str(Path(__file__).parent / "referees" / "kserve_client.py")
+    with started(ours(model, folder / "samples", port), port, ROOT, folder / "ours.log"):
+        command = [str(python_of("kserve")), script, f"http://127.0.0.1:{port}", str(model)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return dict(json.loads(done.stdout))
 
 
 def listens(port: int) -> bool:
@@ -285,6 +296,42 @@ def starts(model: Path, folder: Path, count: int = 7) -> dict[str, Any]:
     return {"ready_ms": took_ms, "private_mb": private_mb}
 
 
+SOAK = """
+local at = 0
+request = function()
+  at = at + 1
+  local headers = {["Content-Type"] = "application/json", ["x-request-id"] = "soak-" .. at}
+  if at % 50 == 0 then return wrk.format("POST", "/nothing/" .. at, headers, "") end
+  if at % 50 == 10 then return wrk.format(nil, nil, headers, "not json " .. at) end
+  if at % 50 == 20 then return wrk.format(nil, nil, headers, bodies[at % 64 + 1]:sub(1, at % 200)) end
+  if at % 50 == 30 then return wrk.format(nil, "/v1/models/m:predict", headers, '{"instances": [[' .. at .. ']]}') end
+  return wrk.format(nil, nil, headers, bodies[at % 64 + 1])
+end
+"""
+
+
+def soak(model: Path, folder: Path, requests: int) -> dict[str, Any]:
+    """So many requests, good and bad, each with an id of its own: resident MB as they go on, after a sixth of them."""
+    port, script = free_port(), write_script(folder / "soak.lua", 1, "oip")
+    script.write_text(script.read_text() + SOAK)
+    url, seen = f"http://127.0.0.1:{port}", []
+    command = [*on_core(CLIENT_CORE), "wrk", "-t1", "-c16", "-d3s", "-s", str(script), f"{url}{OIP}"]
+    with started(
+        [*ours(model, folder / "soaked", port), "--samples-max-mb", "8"], port, ROOT, folder / "ours.log"
+    ) as p:
+        while not seen or seen[-1][0] < requests:
+            subprocess.run(command, capture_output=True, check=True)
+            text = httpx.get(f"{url}/metrics").text
+            counts = re.findall(r'lockgate_requests_total\{[^}]*code="(\d+)"\} (\d+)', text)
+            assert not [code for code, count in counts if int(code) >= 500 and int(count)], text
+            seen.append((sum(int(count) for _, count in counts), p.memory_info().rss / 2**20))
+    warm = [mb for count, mb in seen if count >= requests / 6]
+    print(
+        f"soak      {seen[-1][0]} requests   {warm[0]:.1f} MB after a sixth   {warm[-1]:.1f} MB at the end", flush=True
+    )
+    return {"requests": seen[-1][0], "resident_mb": [mb for _, mb in seen], "grown_mb": warm[-1] - warm[0]}
+
+
 def ready(uds: Path) -> bool:
     """Whether the server on the socket says so itself."""
     with socket.socket(socket.AF_UNIX) as peer:
@@ -316,6 +363,11 @@ def checks_of(raw: dict[str, Any]) -> list[dict[str, Any]]:
         what = f"rate / ONNX Runtime's own, trees of {depth}, batch 32"
         check(f"{what} JSON", found["oip"]["ratio"], 0.5, float.__ge__, ">=")
         check(f"{what} binary", found["binary"]["ratio"], 0.75, float.__ge__, ">=")
+    for what, right in raw["kserve_client"].items():
+        check(f"KServe's client: {what}", float(right), 1.0, float.__ge__, ">=")
+    if "soak" in raw:
+        what = f"memory grown over {raw['soak']['requests']} requests, good and bad, MB"
+        check(what, raw["soak"]["grown_mb"], 8.0, float.__le__, "<=")
     took, private = (statistics.median(raw["starts"][name]) for name in ("ready_ms", "private_mb"))
     check("start to ready from the zygote, ms (median)", took, 100.0, float.__le__, "<=")
     check("private memory per further version, MB (median)", private, 20.0, float.__le__, "<=")
@@ -328,6 +380,8 @@ def main() -> int:
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--seconds", type=int, default=4, help="per measurement; wrk knows whole ones only")
     asked.add_argument("--peers", default=",".join(PEERS), help="comma-separated; default: %(default)s")
+    half_an_hour = 1800 * 1000  # requests of a busy server
+    asked.add_argument("--soak", type=int, default=half_an_hour, help="requests of the long run; default: %(default)s")
     asked.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks" / "serving.json")
     given = asked.parse_args()
     raw: dict[str, Any] = {"peers": {}, "load_before": os.getloadavg()}
@@ -336,12 +390,15 @@ def main() -> int:
         model = folder / "depth 3.onnx"
         for depth in (3, 6):
             make_model(folder / f"depth {depth}.onnx", depth)
+        raw["kserve_client"] = kserve_s_client(model, folder) if given.peers else {}
         raw["starts"] = starts(model, folder)
         raw["runtime"] = {
             path.stem: beside_runtime(path, folder, given.rounds, given.seconds) for path in folder.glob("depth*.onnx")
         }
         for peer in filter(None, given.peers.split(",")):
             raw["peers"][peer] = beside_peer(peer, model, folder, given.rounds, given.seconds)
+        if given.soak:
+            raw["soak"] = soak(model, folder, given.soak)
     raw["load_after"] = os.getloadavg()
     checks = checks_of(raw)
     machine = {"cores": os.cpu_count(), "cpu": cpu_name(), "python": platform.python_version()}

@@ -262,6 +262,16 @@ def test_tf_serving_answers_rows_with_rows_and_columns_with_columns() -> None:
     assert answer(bare, np.array([[0.1]], dtype=np.float32)) == {"predictions": [[0.1]]}
 
 
+@pytest.mark.parametrize("kind", "?bBhHiIlLqQefd")
+def test_rows_are_written_whatever_the_numbers_are(kind: str) -> None:
+    """ONNX Runtime's 64-bit integers are of another kind than NumPy's own."""
+    label, p = np.array([1, 0]).astype(kind), np.array([0.5, 0.25], dtype=np.float32)
+    expected = {"predictions": [{"label": 1, "p": 0.5}, {"label": 0, "p": 0.25}]}
+    asked = {"instances": [{"a": 1, "s": "x"}, {"a": 2, "s": "y"}]}
+    assert answer(TfServingProtocol(TWO).decode(oip(**asked)), label, p) == expected
+    assert answer(MlflowProtocol(TWO).decode(oip(dataframe_records=asked["instances"])), label, p) == expected
+
+
 MLFLOW: list[tuple[Identity, dict[str, Any], dict[str, list[Any]]]] = [
     (ONE, {"dataframe_split": {"columns": ["x", "y"], "data": [[1, 2], [3, 4]]}}, {"f": [[1, 2], [3, 4]]}),
     (ONE, {"dataframe_records": [{"x": 1, "y": 2}, {"y": 4, "x": 3}]}, {"f": [[1, 2], [3, 4]]}),
