@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import numpy as np
 import orjson
 
 from serving.errors import Malformed, OffContract
@@ -73,9 +75,13 @@ def parse(body: bytes | memoryview) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the JSON head of a raw request came to: each input with its shape and its place in the `size` bytes."""
+    """What the JSON head of a raw request came to: each input with its shape and its place in the `size` bytes.
+
+    `plain`: the only input, its shape and number of elements, where its bytes are its values and any may stand there.
+    """
 
     parts: tuple[tuple[Tensor, tuple[int, ...], int, int], ...]
+    plain: tuple[Tensor, tuple[int, ...], int] | None
     size: int
     rows: int
     wanted: Wanted
@@ -118,8 +124,13 @@ class InferenceProtocol:
             return self._decode_text(body)
         if not 0 <= header_length <= len(body):
             raise Malformed(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
-        head, raw = body[:header_length], memoryview(body)[header_length:]
+        head = body[:header_length]
         plan = self._plans.get(head)
+        if plan is not None and plan.plain is not None and len(body) == header_length + plan.size:
+            spec, shape, count = plan.plain
+            values = np.frombuffer(body, spec.datatype.numpy, count, header_length).reshape(shape)
+            return Call("", {spec.name: values}, plan.rows, lambda outputs: self._encode("", plan.wanted, outputs))
+        raw = memoryview(body)[header_length:]
         if plan is not None and len(raw) == plan.size:
             feeds = {spec.name: from_bytes(spec, shape, raw[start:end]) for spec, shape, start, end in plan.parts}
             return Call("", feeds, plan.rows, lambda outputs: self._encode("", plan.wanted, outputs))
@@ -177,7 +188,12 @@ class InferenceProtocol:
             start += length
         if len(self._plans) >= _REMEMBERED_MAX:
             self._plans.clear()
-        self._plans[head] = _Plan(tuple(parts), size, rows, self._wanted(asked))
+        plain = None
+        if len(parts) == 1 and size:
+            spec, shape = parts[0][:2]
+            if spec.datatype.name not in ("BOOL", "BYTES") and not spec.finite:
+                plain = (spec, shape, prod(shape))
+        self._plans[head] = _Plan(tuple(parts), plain, size, rows, self._wanted(asked))
 
     def _decode(self, asked: Mapping[str, Any], raw: memoryview) -> Call:
         call_id = asked.get("id", "")

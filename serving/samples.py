@@ -22,6 +22,7 @@ from serving.metrics import Metrics
 from serving.model import Feeds
 from serving.tensors import Array, Tensor
 
+_CHECK_FILES = 32  # small files are many: to look at all of them after each one would cost more than to write them
 UNSAMPLED = "\0"  # the id of a request of which no sample may be kept
 _WIDTH_MAX = 2048  # an input with more numbers per row (an image) is not kept: it would be one column each
 
@@ -103,6 +104,7 @@ class Samples:
         self._lock = threading.Lock()  # held while one batch is copied or the segments change, never over a file
         self._filling, self._spare = _Segment(self._inputs, room), _Segment(self._inputs, room)
         self._written = 0
+        self._unchecked_files, self._unchecked_bytes = _CHECK_FILES, 0  # since the folder was last looked at
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._write_on, name="samples", daemon=True)
         self._complained = False
@@ -161,9 +163,13 @@ class Samples:
         if not count:
             return
         try:
-            self._write_file(full)
+            size = self._write_file(full)
             self._metrics.samples += count
-            self._delete_oldest()
+            self._unchecked_files += 1
+            self._unchecked_bytes += size
+            if self._unchecked_files >= _CHECK_FILES or self._unchecked_bytes * 16 >= self._settings.disk_bytes_max:
+                self._unchecked_files = self._unchecked_bytes = 0
+                self._delete_oldest()
             self._complained = False
         except Exception as exc:  # noqa: BLE001 - sampling must never take the server down
             self._metrics.samples_dropped += count
@@ -172,7 +178,7 @@ class Samples:
                 self._complained = True
         full.clear()
 
-    def _write_file(self, segment: _Segment) -> None:
+    def _write_file(self, segment: _Segment) -> int:
         import pyarrow as pa
 
         table = pa.table(_table(segment, self._inputs))
@@ -180,8 +186,10 @@ class Samples:
         aside = final.with_suffix(".part")
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
+        size = aside.stat().st_size
         aside.rename(final)
         self._written += 1
+        return size
 
     def _delete_oldest(self) -> None:
         """Deletes the oldest files of the folder, other processes' too, down to the bound."""
@@ -214,7 +222,7 @@ def _table(segment: _Segment, inputs: Sequence[Tensor]) -> dict[str, Any]:
     count, rows = segment.filled, np.array(segment.rows)
     first = np.cumsum(rows) - rows  # of each id
     columns: dict[str, Any] = {
-        "request_id": pa.array(np.repeat(np.array(segment.ids, dtype=object), rows), pa.string()),
+        "request_id": pa.array(segment.ids, pa.string()).take(pa.array(np.repeat(np.arange(len(rows)), rows))),
         "row": pa.array((np.arange(count) - np.repeat(first, rows)).astype(np.int32)),
         "time": pa.array(np.repeat(segment.times, segment.counts)),
     }

@@ -7,6 +7,8 @@ proxy's process per request at 16. Needs `wrk` and `haproxy` (Debian packages of
 Changes: clients ask without pause while the route changes 100 times (shares, promotions, rollbacks). A change is in
 force from the moment after which no request that starts still gets the former version, counted from the call to the
 agent; measured at the clients.
+
+Where it is allowed (root), all of it runs before any other process: measured is the gateway, not who else keeps a core.
 """
 
 from __future__ import annotations
@@ -289,6 +291,8 @@ def main() -> int:
     missing = [tool for tool in ("wrk", "haproxy") if shutil.which(tool) is None]
     if missing:
         parser.error(f"not installed: {', '.join(missing)}; on Debian: apt-get install {' '.join(missing)}")
+    if os.geteuid() == 0:
+        os.nice(-20)
     with tempfile.TemporaryDirectory() as folder:
         agent = RunningAgent(Path(folder), server=f"{sys.executable} -m serving.server")
         try:
