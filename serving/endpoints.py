@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 import orjson
 
-from policies.traffic import APART_HEADER
+from policies.traffic import APART_HEADER, WAIT_HEADER
 from serving import metrics as prometheus
 from serving.batching import Batcher, Job, Outcome
 from serving.connection import Exchange
@@ -53,9 +53,9 @@ STATUS: dict[type[Refused], int] = {
     Late: 503,
 }
 _RETRY = b"retry-after: 1\r\n"
-# How long the client will wait, in milliseconds; the second is set by Envoy from its route's time-out.
 _APART = APART_HEADER.encode()
-_DEADLINES = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
+# How long the client will wait, or the gateway for it; the second is what other Envoys say of their route's time-out.
+_DEADLINES = (WAIT_HEADER.encode(), b"x-envoy-expected-rq-timeout-ms")
 _EXTENSIONS = ["binary_tensor_data", "statistics"]
 
 Handler = Callable[[Exchange], None]

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import quote
 
-from policies.traffic import APART_HEADER, Route, Rule
+from policies.traffic import APART_HEADER, WAIT_HEADER, Route, Rule
 from serving import gateway_rescue
 from serving.gateway import (
     ROUTES,
@@ -142,29 +142,37 @@ def _action(route: Route, settings: GatewaySettings) -> Json:
                 "disable_shadow_host_suffix_append": True,
             }
         ]
-    return {"route": action, "request_headers_to_add": [_mark(route, shares(route)[-1][0])]}
+    return {"route": action, "request_headers_to_add": _headers(route, shares(route)[-1][0], settings)}
 
 
-def _mark(route: Route, alone: str) -> Json:
-    """Whom second attempts reach: the stable version, or whoever answers alone."""
-    return gateway_rescue.mark(cluster_name("again", route.model, route.stable or alone))
+def _headers(route: Route, alone: str, settings: GatewaySettings) -> list[Json]:
+    """Whom second attempts reach: the stable version, or whoever answers alone; and how long an attempt is waited for,
+    unless the client says itself how long it waits: a server runs nothing that nobody waits for any more."""
+    wait = {"key": WAIT_HEADER, "value": str(round(_times_s(route, settings)[1] * 1000))}
+    again = gateway_rescue.mark(cluster_name("again", route.model, route.stable or alone))
+    return [again, {"header": wait, "append_action": "ADD_IF_ABSENT"}]
+
+
+def _times_s(route: Route, settings: GatewaySettings) -> tuple[float, float]:
+    """How long the whole request and one attempt may take. The route's own time-out leaves both attempts the same."""
+    if route.timeout_s is not None:
+        return route.timeout_s, route.timeout_s / 2
+    return settings.request_timeout_s, settings.attempt_timeout_s
 
 
 def _ruled(route: Route, version: str, settings: GatewaySettings) -> Json:
     """All to one version, uncopied, and counted apart."""
     weighted = [{"name": ruled_name(route.model, version, route.stable), "weight": 100}]
     apart = {"header": {"key": APART_HEADER, "value": "true"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
-    return {"route": _asked(route, weighted, settings), "request_headers_to_add": [apart, _mark(route, version)]}
+    return {
+        "route": _asked(route, weighted, settings),
+        "request_headers_to_add": [apart, *_headers(route, version, settings)],
+    }
 
 
 def _asked(route: Route, weighted: list[Json], settings: GatewaySettings) -> Json:
-    """One of the clusters is asked, by the hash of whose request it is, and then the stable version.
-
-    The route's own time-out leaves the second attempt as much time as the first.
-    """
-    whole_s, attempt_s = settings.request_timeout_s, settings.attempt_timeout_s
-    if route.timeout_s is not None:
-        whole_s, attempt_s = route.timeout_s, route.timeout_s / 2
+    """One of the clusters is asked, by the hash of whose request it is, and then the stable version."""
+    whole_s, attempt_s = _times_s(route, settings)
     key = (
         {"header": {"header_name": route.key.name}}
         if route.key.kind == "header"

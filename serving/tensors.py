@@ -239,7 +239,7 @@ def _strings(spec: Tensor, count: int, raw: memoryview) -> Array:
 
 def to_bytes(values: Array) -> bytes:
     """The array's raw bytes in the protocol's layout."""
-    if values.dtype != object:
+    if values.dtype.kind != "O":
         return values.tobytes()
     parts = []
     for value in values.reshape(-1).tolist():
@@ -254,7 +254,7 @@ def to_json(values: Array) -> Any:
     kind = values.dtype.kind
     if kind == "O":
         return values.tolist()
-    if values.dtype == np.float16:
+    if kind == "f" and values.itemsize == 2:
         values = values.astype(np.float32)
     if values.dtype.char in "qQ":  # ONNX Runtime's 64-bit integers: C's long long, whose scalars orjson does not know
         values = values.view(np.int64 if kind == "i" else np.uint64)

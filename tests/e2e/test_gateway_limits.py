@@ -91,6 +91,8 @@ def test_a_route_s_own_time_out_ends_every_wait_and_leaves_time_for_the_stable_v
     start = time.monotonic()
     assert agent.ask_many(12) == {(200, "1"): 12}
     waited = time.monotonic() - start
+    assert agent.ask().body["wait_ms"] == "500", "the server is told, so that it runs nothing that nobody waits for"
+    assert agent.ask(x_request_timeout_ms="300").body["wait_ms"] == "300"
     agent.route("2", epoch=2, timeout_s=1.0)
     start = time.monotonic()
     assert agent.ask().status == 504

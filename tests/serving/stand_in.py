@@ -74,6 +74,7 @@ class StandIn:
             return 500, b'{"error": "as asked"}'
         seen = {"version": self.arguments.version, "id": headers.get("x-request-id"), "answered": self.answered}
         seen |= {"pid": os.getpid(), "apart": headers.get("x-lockgate-apart"), "path": path, "bytes": len(body)}
+        seen |= {"wait_ms": headers.get("x-request-timeout-ms")}
         return 200, json.dumps(seen).encode()
 
     def metrics(self) -> str:
