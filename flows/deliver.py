@@ -17,6 +17,7 @@ from prefect.context import FlowRunContext
 from pydantic import BaseModel, Field
 
 from flows.checks import Preparation, prepare, run_checks
+from flows.pages import Pages
 from flows.policy import find, shelf_in
 from flows.publish import Publisher, artifact_key
 from flows.rollout import Controller, Observer, Superseded, abort, over
@@ -32,6 +33,7 @@ from tasks.ports import BadInput, ModelVersion, NotThere, PortError, Ports, Refu
 from tasks.registration import register
 from tasks.report import publish_report
 
+_PAGES_S = 60.0  # how long the report of an ended rollout waits for the pages that it links
 _POLL_S = 1.0
 _POLL_MAX_S = 5.0
 _SILENCE_S = 3600.0
@@ -196,8 +198,13 @@ def deliver_with(ports: Ports, request: Delivery, observers: list[Observer]) -> 
     turned_away = start(ports, policy, version, request, name)
     if turned_away is not None:
         return Outcome(name, version.model, version.version, "refused", turned_away, 0.0)
-    state = to_the_end(ports, name, request.target, lambda: drive(ports, name, preparation, observers))
-    return conclude(ports, name, state, ports.clock.now() - began)
+    pages = Pages(ports, whoami()) if ports.pages is not None and policy.rollout.gates.drift is not None else None
+    told = [*observers, pages] if pages else observers
+    state = to_the_end(ports, name, request.target, lambda: drive(ports, name, preparation, told))
+    seconds = ports.clock.now() - began
+    if pages is not None:
+        pages.close(_PAGES_S)
+    return conclude(ports, name, state, seconds)
 
 
 def start(ports: Ports, policy: Policy, version: ModelVersion, request: Delivery, name: str) -> str | None:

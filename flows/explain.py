@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from flows.story import evidence_of, policy_of, reports_in
+from flows.story import evidence_of, policy_of, reports_in, story_of
 from policies import gates
 from policies.events import from_body
 from policies.nearest import nearest
@@ -28,6 +28,7 @@ def explained(ledger: Ledger, name: str) -> dict[str, Any]:
             raise NotThere(f"the ledger has no rollout '{name}', and none of a model of that name")
         entries = ledger.read(newest)
     state, decisions = _walk(entries)
+    pages = [asdict(page) for page in story_of(entries).pages]
     return {
         "rollout": entries[0].rollout,
         "model": state.model,
@@ -36,6 +37,7 @@ def explained(ledger: Ledger, name: str) -> dict[str, Any]:
         "outcome": OUTCOMES.get(state.phase, str(state.phase)),
         "reason": state.reason,
         "decisions": decisions,
+        "pages": pages,
     }
 
 
@@ -97,6 +99,10 @@ def lines(found: dict[str, Any]) -> list[str]:
                 told.append(f"        {numbers}")
             if report.get("nearest"):
                 told.append(f"        would have changed it: {report['nearest']}")
+    if found["pages"]:
+        told.append("")
+    for page in found["pages"]:
+        told.append(f"Evidently on {page['what']}: " + (page["link"] or f"no page: {page['error']}"))
     return told
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from policies import gates, rollout
-from policies.events import Event, Phase, from_body
+from policies.events import Event, Noted, Phase, from_body
 from policies.evidence import Counts, Evidence
 from policies.policy import Policy
 from policies.rollout import OUTCOMES, Rollout, step
 from policies.verdict import GateReport, Verdict
-from tasks.ports import Entry, Look, Story
+from tasks.ports import Entry, Look, Page, Story
 
 
 def policy_of(entries: Sequence[Entry]) -> Policy:
@@ -79,11 +79,16 @@ def story_of(entries: Sequence[Entry]) -> Story:
     looks: list[Look] = []
     checks: tuple[GateReport, ...] = ()
     events: list[tuple[float, str, str]] = []
+    pages: list[Page] = []
     served: dict[str, Counts] = {}
     state: Rollout | None = None
+    ended = entries[0].at
     for entry in entries:
         event: Event = from_body(entry.kind, entry.body, entry.at, entry.number)
-        before = state
+        if isinstance(event, Noted):
+            pages.append(Page(event.at, event.what, event.link, event.error))
+            continue
+        ended, before = entry.at, state
         state, _ = step(state, event)
         evidence = evidence_of(entry)
         if entry.kind == "checked":
@@ -106,12 +111,13 @@ def story_of(entries: Sequence[Entry]) -> Story:
         outcome=OUTCOMES.get(state.phase, str(state.phase)),
         reason=state.reason,
         started=entries[0].at,
-        ended=entries[-1].at,
+        ended=ended,
         looks=looks,
         checks=checks,
         events=events,
         candidate_requests=live.requests,
         candidate_errors=live.errors,
+        pages=pages,
     )
 
 

@@ -226,6 +226,7 @@ def _bound(settings_json: str, _platform: int) -> Ports:
     from infra.contract_great_expectations import GreatExpectationsContract
     from infra.drift_evidently import EvidentlyDrift
     from infra.inspector_onnx import OnnxInspector
+    from infra.pages_evidently import EvidentlyPages
     from infra.probe_http import HttpProbe
     from infra.registry_mlflow import MlflowRegistry
     from infra.report_html import HtmlReporter
@@ -238,6 +239,8 @@ def _bound(settings_json: str, _platform: int) -> Ports:
     addresses = located(settings)
     drift = EvidentlyDrift(wait_s=0.2)
     atexit.register(drift.close)
+    pages = EvidentlyPages(addresses.agent_home)
+    atexit.register(pages.close)
     return Ports(
         registry=MlflowRegistry(settings.mlflow_url or addresses.mlflow, settings.folder / "cache"),
         inspector=OnnxInspector(),
@@ -250,6 +253,7 @@ def _bound(settings_json: str, _platform: int) -> Ports:
         ledger=ledger(settings),
         reporter=HtmlReporter(),
         clock=SystemClock(),
+        pages=pages,
     )
 
 

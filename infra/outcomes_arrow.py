@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.labels_arrow import LabelStore
@@ -51,6 +52,30 @@ def loss(metric: str, prediction: float, label: float) -> float:
     return float(min((prediction - label) ** 2, 1.0))
 
 
+def answers(table: pa.Table, after: float, until: float) -> Iterator[tuple[Key, tuple[float, float]]]:
+    """The (prediction, time) of each sampled row that was answered in (after, until]. Failed requests are left out:
+    they are the errors gate's business."""
+    if not table.num_rows:
+        return
+    columns = (table[each].to_pylist() for each in ("request_id", "row", "prediction", "time", "status"))
+    for request, row, prediction, at, status in zip(*columns, strict=True):
+        if after < at <= until and status < 400:
+            yield (request, row), (float("nan") if prediction is None else float(prediction), at)
+
+
+def labels(table: pa.Table) -> Iterator[tuple[Key, tuple[float, float]]]:
+    """The (label, when it came) of each row of a segment of labels."""
+    columns = (table[each].to_pylist() for each in ("request_id", "row", "label", "came"))
+    for request, row, label, came in zip(*columns, strict=True):
+        yield (request, row), (label, came)
+
+
+def added(requests: Iterable[list[float]]) -> Sums:
+    """One observation per request, the mean over its rows, since those are not independent."""
+    means = [sum(values) / len(values) for values in requests]
+    return Sums(float(len(means)), float(sum(means)), float(sum(value * value for value in means)))
+
+
 class LabelledAnswers:
     """Joins samples and labels under an agent's home. Not safe for several threads.
 
@@ -81,12 +106,7 @@ class LabelledAnswers:
         """Takes in the answers up to `until`, and forgets those from before `oldest`, whose labels never came."""
         if until > version.until:
             table = self._samples.read(model, name, version.until)
-            if table.num_rows:
-                columns = (table[each].to_pylist() for each in ("request_id", "row", "prediction", "time", "status"))
-                for request, row, prediction, at, status in zip(*columns, strict=True):
-                    if version.until < at <= until and status < 400:  # failed requests are the errors gate's business
-                        value = float("nan") if prediction is None else float(prediction)
-                        version.waiting[(request, row)] = (value, at)
+            version.waiting.update(answers(table, version.until, until))
             version.until = until
         _keep_newest(version.waiting)
         late = [key for key, (_, at) in version.waiting.items() if at < oldest]
@@ -96,10 +116,9 @@ class LabelledAnswers:
     def _read_labels(self, counted: _Counted, model: str) -> None:
         for number, whole in self._labels.after(model, counted.segment):
             table = whole.filter(pc.greater_equal(whole["came"], counted.since))  # no label comes before its answer
-            columns = (table[each].to_pylist() for each in ("request_id", "row", "label", "came"))
-            for request, row, label, came in zip(*columns, strict=True):
-                counted.labels.pop((request, row), None)  # the later one wins, and is the newest
-                counted.labels[(request, row)] = (label, came)
+            for key, label in labels(table):
+                counted.labels.pop(key, None)  # the later one wins, and is the newest
+                counted.labels[key] = label
             counted.segment = number
             _keep_newest(counted.labels)
 
@@ -124,14 +143,8 @@ def _join(counted: _Counted, metric: str, wait: float) -> None:
         for side, each in zip(single, losses, strict=True):
             if each is not None:
                 side.setdefault(key[0], []).append(each)
-    counted.pairs = counted.pairs.plus(_added(both.values()))
+    counted.pairs = counted.pairs.plus(added(both.values()))
     counted.alone = (
-        counted.alone[0].plus(_added(single[0].values())),
-        counted.alone[1].plus(_added(single[1].values())),
+        counted.alone[0].plus(added(single[0].values())),
+        counted.alone[1].plus(added(single[1].values())),
     )
-
-
-def _added(requests: Iterable[list[float]]) -> Sums:
-    """One observation per request: the mean over its rows."""
-    means = [sum(values) / len(values) for values in requests]
-    return Sums(len(means), sum(means), sum(value * value for value in means))

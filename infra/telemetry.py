@@ -18,7 +18,7 @@ from tasks.ports import NotThere
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_WINDOW_ROWS = 12_000
+_WINDOW_ROWS = 22_000  # some more than are compared: answers that were errors are left out
 _SETTLE_S = 3.0  # segments are written every second, and a copy may be answered after the original
 _OWN = ("prediction", "status", "row")
 

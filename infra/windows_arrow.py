@@ -5,6 +5,7 @@ The reference is the sample of training rows that came with the version; where n
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra import rows, scores_onnx
 from infra.labels_arrow import LabelStore
-from infra.outcomes_arrow import loss
+from infra.outcomes_arrow import Key, added, answers, labels, loss
 from infra.samples_arrow import SampledRows
 from policies.evidence import Sums
 from tasks.ports import Bundle, ModelVersion, NotThere, PortError
@@ -76,31 +77,24 @@ class SampledWindows:
 
     def losses(self, version: ModelVersion, metric: str, since: float, until: float, wait: float) -> tuple[Sums, int]:
         table = self._samples.read(version.model, version.version, since - wait, _ANSWERS_MAX)
-        answers: dict[tuple[str, int], tuple[float, float]] = {}
-        if table.num_rows:
-            columns = (table[name].to_pylist() for name in ("request_id", "row", "prediction", "time", "status"))
-            for request, row, prediction, at, status in zip(*columns, strict=True):
-                if at < until and status < 400:
-                    answers[(request, row)] = (float("nan") if prediction is None else prediction, at)
-        came: dict[tuple[str, int], float] = {}
+        # Its period is [since, until), theirs (after, until].
+        answered = dict(answers(table, -math.inf, math.nextafter(until, -math.inf)))
+        came: dict[Key, float] = {}
         labelled: set[str] = set()
         for _, segment in self._labels.after(version.model, 0):
-            for request, row, label, at in zip(
-                *(segment[name].to_pylist() for name in ("request_id", "row", "label", "came")), strict=True
-            ):
-                labelled.add(request)
-                if since <= at < until and (request, row) in answers and at - answers[(request, row)][1] <= wait:
-                    came[(request, row)] = label
+            for key, (label, at) in labels(segment):
+                labelled.add(key[0])
+                if since <= at < until and key in answered and at - answered[key][1] <= wait:
+                    came[key] = label
         requests: dict[str, list[float]] = {}
         for key, label in came.items():
-            requests.setdefault(key[0], []).append(loss(metric, answers[key][0], label))
-        means = [sum(each) / len(each) for each in requests.values()]
-        return _sums(means), len({request for request, _ in answers} - labelled)
+            requests.setdefault(key[0], []).append(loss(metric, answered[key][0], label))
+        return added(requests.values()), len({request for request, _ in answered} - labelled)
 
     def known_losses(self, window: Window, metric: str) -> Sums:
         if window.known is None:
             return Sums()
-        return _sums([loss(metric, score, truth) for score, truth in zip(*window.known, strict=True)])
+        return added([loss(metric, score, truth)] for score, truth in zip(*window.known, strict=True))
 
     def _answered(self, version: ModelVersion, since: float, until: float) -> pa.Table:
         """The period's answered rows, at most so many, spread over the period."""
@@ -115,10 +109,6 @@ class SampledWindows:
         if table.num_rows > _ROWS_MAX:
             table = table.take(np.linspace(0, table.num_rows - 1, _ROWS_MAX).astype(np.int64))
         return table
-
-
-def _sums(values: Sequence[float]) -> Sums:
-    return Sums(float(len(values)), float(sum(values)), float(sum(value * value for value in values)))
 
 
 def _halves(requests: Sequence[str]) -> tuple[NDArray[np.int64], int]:

@@ -201,9 +201,18 @@ class Taken(Event):
     by: str
 
 
+@dataclass(frozen=True)
+class Noted(Event):
+    """A page for people about `what` was made (`link`), or could not be (`error`). The rollout is as it was."""
+
+    what: str
+    link: str = ""
+    error: str = ""
+
+
 KINDS: Mapping[str, type[Event]] = {
     kind.__name__.lower(): kind
-    for kind in (Requested, Checked, Done, Failed, Looked, Ticked, Ordered, Answered, Lost, Taken)
+    for kind in (Requested, Checked, Done, Failed, Looked, Ticked, Ordered, Answered, Lost, Taken, Noted)
 }
 
 

@@ -9,7 +9,8 @@ A drift that lasts is in both halves, and is found in the first period that it f
 would cost a period of delay, and would be worth little against the same reference rows: an unlucky reference is
 unlucky again.)
 
-**A smallest effect.** The world is never exactly as it was; a difference below the threshold is none.
+**A smallest effect.** The world is never exactly as it was; a difference up to the threshold is none. An alarm needs a
+lower limit of the distance beyond it, at the same chance: a world that stays exactly there is as rarely an alarm.
 
 **No alarm without evidence, and no all-clear either**: missing rows hold, a source that is down is an error, and
 "no drift" is said only where the distance is shown to be below the threshold.
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from policies import faults, labels, stats
+from policies import faults, labels, shifts, stats
 from policies.evidence import NONE, ColumnDrift, Drift, Outcomes, Sums
 from policies.labels import CONFIDENCE, Learned
 from policies.policy import LiveDrift, LiveQuality, Monitor
@@ -33,7 +34,6 @@ from policies.verdict import GateReport, Verdict, worst
 
 YEAR_S = 365.25 * 86400.0
 _PERMUTATIONS_MIN = 199
-_MISSING_MARGIN = 0.01  # a smaller difference of the shares of missing values is none
 # What each gate's alarm is about. `estimate` is told and decides nothing.
 KINDS: Mapping[str, str] = {
     "predictions": "drift",
@@ -192,8 +192,8 @@ def _drift(rules: Monitor, gate: LiveDrift, seen: Seen) -> list[GateReport]:
         fault = GateReport("drift", Verdict.ERROR, f"the comparison's {wrong}") if wrong else None
     if fault is not None:
         return [replace(fault, gate=gate) for gate in ("predictions", "inputs")]
-    limit = alpha_half(rules)
-    return [*(_compared(gate, group, limit, seen) for group in seen.groups), _missing(gate, seen, alpha(rules))]
+    share = alpha(rules)
+    return [*(_compared(gate, group, share, seen) for group in seen.groups), _missing(gate, seen, share)]
 
 
 def _few(gate: LiveDrift, group: Group) -> str:
@@ -204,10 +204,13 @@ def _few(gate: LiveDrift, group: Group) -> str:
     return f"{gate.rows_min:,} reference rows (there are {reference:,})" if reference < gate.rows_min else ""
 
 
-def _compared(gate: LiveDrift, group: Group, limit: float, seen: Seen) -> GateReport:
+def _compared(gate: LiveDrift, group: Group, share: float, seen: Seen) -> GateReport:
     """Do the group's columns differ from the reference, in both halves, and by more than the threshold?"""
-    furthest = max(group.whole.columns, key=lambda column: column.statistic)
-    high = max(math.inf if column.high is None else column.high for column in group.whole.columns)
+    columns = group.whole.columns
+    chance = share / len(columns)
+    furthest = max(columns, key=lambda column: (shifts.lower(column, chance), column.statistic))
+    low = shifts.lower(furthest, chance)
+    high = max(math.inf if column.high is None else column.high for column in columns)
     p_half = max(half.p_value_max for half in group.halves)
     few = _few(gate, group)
     says = f"{furthest.column} is {furthest.statistic:.3g} from the {seen.reference} ({furthest.method}"
@@ -215,14 +218,14 @@ def _compared(gate: LiveDrift, group: Group, limit: float, seen: Seen) -> GateRe
     verdict, needs = Verdict.HOLD, f"more rows, until {gate.threshold:g} is ruled out"
     if few:
         needs = few
-    elif p_half <= limit and furthest.statistic >= gate.threshold:
+    elif p_half <= math.sqrt(share) and low > gate.threshold:
         verdict, needs = Verdict.FAIL, ""
-        says += f": drift of {gate.threshold:g} or more; chance of this without one: below {p_half**2:.1g}"
+        says += f": drift of more than {gate.threshold:g}; chance of this without one: below {p_half**2:.1g}"
     elif high < gate.threshold:
         verdict, needs = Verdict.PASS, ""
         says += f": less than {gate.threshold:g}"
     return GateReport(
-        gate=group.name, verdict=verdict, says=says, statistic=p_half**2, estimate=furthest.statistic, low=0.0,
+        gate=group.name, verdict=verdict, says=says, statistic=p_half**2, estimate=furthest.statistic, low=low,
         high=high, n=int(group.whole.rows_candidate), threshold=gate.threshold, unit=furthest.method, needs=needs,
     )  # fmt: skip
 
@@ -240,7 +243,7 @@ def _missing(gate: LiveDrift, seen: Seen, share: float) -> GateReport:
             )
             found.append((min(chance, 1.0), column.missing_candidate - column.missing_stable, column.column))
     few = next(filter(None, (_few(gate, group) for group in seen.groups)), "")
-    large = [each for each in found if abs(each[1]) >= _MISSING_MARGIN]
+    large = [each for each in found if abs(each[1]) >= shifts.MISSING_MARGIN]
     chance, difference, name = min(large) if large else max(found, key=lambda each: abs(each[1]))
     says = f"{abs(difference):.1%} {'more' if difference >= 0 else 'fewer'} values of {name} are missing"
     verdict, needs = Verdict.PASS, ""
@@ -253,7 +256,7 @@ def _missing(gate: LiveDrift, seen: Seen, share: float) -> GateReport:
         verdict, needs = Verdict.HOLD, "more rows, to tell this from chance"
     return GateReport(
         gate="missing", verdict=verdict, says=says, statistic=chance, estimate=difference, n=seen.rows,
-        threshold=_MISSING_MARGIN, unit="share of values", needs=needs,
+        threshold=shifts.MISSING_MARGIN, unit="share of values", needs=needs,
     )  # fmt: skip
 
 

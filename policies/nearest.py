@@ -6,17 +6,19 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from policies import gates
-from policies.evidence import LATENCY_EDGES_MS, Counts, Evidence
+from policies.evidence import LATENCY_EDGES_MS, Counts, Evidence, Sums
 from policies.gates import State
 from policies.policy import Policy
 from policies.verdict import GateReport, Verdict
+
+_STEP = 1e-4  # of a mean loss
 
 
 def nearest(policy: Policy, stage: int, before: State, evidence: Evidence, report: GateReport) -> str:
     """The value nearest to the seen one with which the gate would have said something else, as a sentence.
 
-    `before` is what was known before this look. Counts are varied within this look and judged anew by the gate itself;
-    for the other gates it is the value that the report's number was held against.
+    `before` is what was known before this look. Counts and losses are varied within this look and judged anew by the
+    gate itself; for the other gates it is the value that the report's number was held against.
     """
     if report.verdict is Verdict.ERROR:
         return "evidence that can be read, and can be true"
@@ -24,6 +26,8 @@ def nearest(policy: Policy, stage: int, before: State, evidence: Evidence, repor
         return _counted(policy, stage, before, evidence, report)
     if report.gate == "disagreement" and evidence.pairs is not None:
         return _differing(policy, stage, before, evidence, report)
+    if report.gate == "quality":
+        return _labelled(policy, stage, before, evidence, report)
     return _held_against(report)
 
 
@@ -99,6 +103,55 @@ def _differing(policy: Policy, stage: int, before: State, evidence: Evidence, re
     return f"{found - low:,} other answers at this look instead of {pairs.differing - low:,}: {verdict(found)}"
 
 
+def _labelled(policy: Policy, stage: int, before: State, evidence: Evidence, report: GateReport) -> str:
+    """How much better or worse the candidate's answers would have had to be that got their labels since the look
+    before: the same for each of them."""
+    seen, last = evidence.outcomes, before.learned.last
+    if seen is None:
+        return report.needs or "no label at this look alone: the looks before had decided it"
+    more = seen if last is None or last.since != seen.since else seen.minus(last)
+
+    def verdict(steps: int) -> Verdict:
+        by = _STEP * steps
+        made = replace(
+            seen, pairs=_moved(seen.pairs, more.pairs, by), candidate=_moved(seen.candidate, more.candidate, by)
+        )
+        return _said(policy, stage, before, replace(evidence, outcomes=made), report.gate)
+
+    found = _first_other(verdict)
+    if found is None:
+        return report.needs or "no loss at this look alone: the looks before had decided it"
+    count, word = more.pairs.n + more.candidate.n, "lower" if found < 0 else "higher"
+    says = f"a mean loss {word} by {abs(found) * _STEP:.4f} on the {count:,.0f} answers that got labels at this look"
+    return f"{says}: {verdict(found)}"
+
+
+def _moved(sums: Sums, more: Sums, by: float) -> Sums:
+    """The sums, had each of `more` among them been larger by so much."""
+    return Sums(sums.n, sums.total + more.n * by, sums.squares + 2.0 * by * more.total + more.n * by * by)
+
+
+def _first_other(verdict: Callable[[int], Verdict]) -> int | None:
+    """The number of steps nearest to 0 with another verdict, from -1 to 1; None if there is none that could be."""
+    now, found = verdict(0), []
+    for sign in (-1, 1):
+        same, size = 0, 1
+        while size * _STEP <= 1.0 and (word := verdict(sign * size)) is not Verdict.ERROR:  # an error: no such loss
+            if word is not now:
+                found.append(_halved(verdict, now, same, sign * size))
+                break
+            same, size = sign * size, size * 2
+    return min(found, key=abs, default=None)
+
+
+def _halved(verdict: Callable[[int], Verdict], now: Verdict, same: int, other: int) -> int:
+    """The value next to one with the verdict `now` that has another; from two values of which that is true."""
+    while abs(other - same) > 1:
+        middle = (same + other) // 2
+        same, other = (middle, other) if verdict(middle) is now else (same, middle)
+    return other
+
+
 def _said(policy: Policy, stage: int, before: State, evidence: Evidence, gate: str) -> Verdict:
     _, reports = gates.look(policy, stage, before, evidence)
     return next((report.verdict for report in reports if report.gate == gate), Verdict.HOLD)
@@ -114,9 +167,5 @@ def _search(verdict: Callable[[int], Verdict], low: int, seen: int, high: int) -
     for end in (low, high):
         if not low <= seen <= high or verdict(end) is now:
             continue
-        same, other = seen, end
-        while abs(other - same) > 1:
-            middle = (same + other) // 2
-            same, other = (middle, other) if verdict(middle) is now else (same, middle)
-        found.append(other)
+        found.append(_halved(verdict, now, seen, end))
     return min(found, key=lambda value: abs(value - seen), default=None)

@@ -31,6 +31,7 @@ from policies.events import (
     Failed,
     Looked,
     Lost,
+    Noted,
     Ordered,
     Phase,
     Quorum,
@@ -176,6 +177,8 @@ def step(state: Rollout | None, event: Event) -> tuple[Rollout, tuple[Effect, ..
         raise Illegal(None, event)
     if isinstance(event, Taken):
         return _with(state, holder=event.by), ()
+    if isinstance(event, Noted):
+        return state, ()
     handler = _TABLE[state.phase].get(type(event))
     if handler is None:
         raise Illegal(state, event)

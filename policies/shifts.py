@@ -23,10 +23,10 @@ from policies.verdict import GateReport, Verdict
 
 LOOKS = (0.0, 0.5, 1.0)  # the shares of a stage's length after which a comparison may raise an alarm
 # Rows of each version that a detector compares, evenly thinned; Wasserstein's distances take the least time by far.
-_ROWS_MAX, _ROWS_MAX_WASSERSTEIN = 4_000, 10_000
+_ROWS_MAX, _ROWS_MAX_WASSERSTEIN = 4_000, 20_000
 RESAMPLES = 100  # of the windows, from which a detector takes the standard error of a distance
 _MISSING_PART = 0.1  # of each look's alpha: that values are missing is seen at once, by an exact test
-_MISSING_MARGIN = 0.01  # so many more missing values are tolerated
+MISSING_MARGIN = 0.01  # so many more missing values are tolerated
 _CONFIDENCE = 0.95
 
 
@@ -148,7 +148,7 @@ def _alarm(gate: Drifting, scene: Scene, drift: Drift) -> str:
 def _missing(drift: Drift, scene: Scene) -> ColumnDrift | None:
     """The column with more missing values in the candidate's rows than chance and the margin allow."""
     for column in drift.columns:
-        if column.missing_candidate < column.missing_stable + _MISSING_MARGIN:
+        if column.missing_candidate < column.missing_stable + MISSING_MARGIN:
             continue
         chance = stats.more_missing(
             int(drift.rows_candidate), round(column.missing_candidate * drift.rows_candidate),
@@ -173,7 +173,7 @@ def _report(gate: Drifting, shift: Shift, scene: Scene, drift: Drift) -> GateRep
         says += f"; {shift.alarm}"
     elif rows < gate.rows_min:
         needs = f"{gate.rows_min:,} rows of each version"
-    elif lost >= _MISSING_MARGIN:
+    elif lost >= MISSING_MARGIN:
         needs = f"{lost:.1%} more values missing than the stable version's to be explained"
     elif high < limit:
         verdict = Verdict.PASS

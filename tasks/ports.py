@@ -335,6 +335,16 @@ class Quarantine:
     since: float
 
 
+class DriftPages(Protocol):
+    """The drift detector's own pages for people. May be asked from several threads."""
+
+    def write(self, model: str, stable: str, candidate: str, since: float, until: float, path: Path) -> Path:
+        """An HTML page at the path on how the rows differ that both versions answered from `since` to `until`.
+
+        It takes seconds to minutes. Raises NotThere where a version has no sampled row of that time, PortError.
+        """
+
+
 class Ledger(Protocol):
     """The events of all rollouts, append-only. A rollout's state is their fold; nothing else is stored."""
 
@@ -407,6 +417,16 @@ class Clock(Protocol):
 
 
 @dataclass(frozen=True)
+class Page:
+    """A page that was made while the rollout was under way (`link`), or could not be (`error`)."""
+
+    at: float
+    what: str
+    link: str
+    error: str
+
+
+@dataclass(frozen=True)
 class Story:
     """A rollout as it is told: what was checked, each look, each move; all of it from the ledger."""
 
@@ -423,6 +443,7 @@ class Story:
     events: Sequence[tuple[float, str, str]] = ()
     candidate_requests: int = 0
     candidate_errors: int = 0
+    pages: Sequence[Page] = ()
 
 
 class Reporter(Protocol):
@@ -447,3 +468,4 @@ class Ports:
     ledger: Ledger
     reporter: Reporter
     clock: Clock
+    pages: DriftPages | None = None  # without it, none are made

@@ -102,7 +102,7 @@ def wasserstein(first: Array, second: Array) -> float:
     return float((np.abs(cdf[0] - cdf[1]) * np.diff(grid)).sum() / max(float(np.std(first)), 0.001))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def _bank(n: int, m: int, permutations: int) -> NDArray[np.float32]:
     """How far apart the two empirical distributions are at each place of the sorted pooled rows, per permutation.
 

@@ -58,7 +58,8 @@ class FakeComparer:
             raise PortError("the drift worker ended (by the test)")
         self.asked.append((tuple(columns), method, permutations))
         p = 1 / (permutations + 1) if self.distance > 0.05 else 0.6
-        seen = tuple(ColumnDrift(name, method, self.distance, p, high=self.distance * 1.2) for name in columns)
+        high, error = self.distance * 1.2, self.distance * 0.05
+        seen = tuple(ColumnDrift(name, method, self.distance, p, high=high, error=error) for name in columns)
         halves = (Drift(window.reference_half, window.live_half, seen, p) for _ in range(2))
         return (Drift(window.reference_rows, window.live_rows, seen, 1.0), *halves)  # type: ignore[return-value]
 

@@ -25,6 +25,7 @@ from policies.events import (
     Failed,
     Looked,
     Lost,
+    Noted,
     Ordered,
     Phase,
     Quorum,
@@ -168,6 +169,7 @@ def _all_events(number: int, names: tuple[str, ...], asked: bool) -> Iterator[Ev
         yield Ticked(at, number)
         yield Lost(at, number, "the lease ran out")
         yield Taken(at, number, "another")
+        yield Noted(at, number, "shadow", error="no rows")
         yield replace(requested(), at=at, number=number)
         for verdict in Verdict:
             yield Checked(at, number, verdict, "checked", HASH)

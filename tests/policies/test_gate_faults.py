@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies import gates
+from policies.events import Phase
 from policies.verdict import Verdict, worst
+from tests.benchmarks import outages
 from tests.benchmarks.faulty import GATES, KINDS, POLICY, about_to_pass, case, counts, healthy
 
 SILENT = {Verdict.HOLD, Verdict.ERROR}
@@ -52,6 +54,22 @@ def test_after_the_clock_went_back_a_rollout_goes_on() -> None:
     assert worst(report.verdict for report in first) is Verdict.HOLD
     _, second = gates.look(POLICY, 1, state, replace(healthy(43), at=12.0))
     assert worst(report.verdict for report in second) is Verdict.PASS
+
+
+@pytest.mark.parametrize("source", outages.SOURCES)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_outages_shorter_than_the_grace_end_in_the_promotion_of_a_good_version(source: str, seed: int) -> None:
+    """Gates and machine together: nothing goes back for it, and nothing goes on while nobody could look."""
+    ended = outages.walk(random.Random(seed), source)
+    assert ended.machine.phase is Phase.PROMOTED, ended.machine.reason
+    assert ended.blind_moves == 0
+
+
+def test_longer_outages_do_roll_back() -> None:
+    """Or else the walks above would prove nothing."""
+    ends = [outages.walk(random.Random(seed), "counts", longest_s=60.0).machine.phase for seed in range(20)]
+    assert ends.count(Phase.ROLLED_BACK) > 10
 
 
 def test_errors_from_before_a_restart_are_not_counted_twice() -> None:

@@ -24,8 +24,10 @@ RULES = Monitor(quality=LiveQuality())
 PERIODS = 50
 
 
-def drift(p: float, distance: float = 0.2, high: float | None = None, rows: int = 4000, lost: float = 0.0) -> Drift:
-    column = ColumnDrift("age", "wasserstein", distance, p, 0.0, lost, distance if high is None else high)
+def drift(
+    p: float, distance: float = 0.2, high: float | None = None, rows: int = 4000, lost: float = 0.0, error: float = 0.01
+) -> Drift:
+    column = ColumnDrift("age", "wasserstein", distance, p, 0.0, lost, distance if high is None else high, error)
     return Drift(rows, rows, (column,), p)
 
 
@@ -100,6 +102,14 @@ def test_an_alarm_can_be_raised_at_any_period_and_rate(every_s: float) -> None:
 
 def test_a_difference_below_the_threshold_is_no_drift_however_sure() -> None:
     assert word(seen(1e-9, 1e-9, distance=0.09, high=0.095)) is Verdict.PASS
+
+
+def test_at_the_threshold_alarms_are_as_rare_as_the_policy_says() -> None:
+    """Windows that are certainly different, by exactly the tolerated distance, seen with its standard error."""
+    rules = Monitor(every="7d", false_alarms_per_year=12, drift=LiveDrift(threshold=0.1))
+    errors = np.random.default_rng(5).normal(0.0, 0.01, 20_000)
+    found = [each for each in errors if word(seen(1e-9, 1e-9, distance=0.1 + each, high=1.0), rules=rules) == "fail"]
+    assert 0 < len(found) / errors.size <= 1.25 * monitor.alpha(rules)
 
 
 def test_one_half_alone_raises_no_alarm() -> None:

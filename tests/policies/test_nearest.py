@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from policies import gates
-from policies.evidence import Pairs
+from policies.evidence import Outcomes, Pairs, Sums
 from policies.nearest import nearest
 from policies.verdict import GateReport, Verdict
 from tests.benchmarks.faulty import POLICY, about_to_pass, counts, healthy
@@ -72,3 +72,30 @@ def test_a_comparison_is_held_against_its_threshold() -> None:
 def test_what_could_not_be_read_would_have_had_to_be_read() -> None:
     report = GateReport("errors", Verdict.ERROR, "down")
     assert "can be read" in nearest(POLICY, 1, about_to_pass(1), healthy(41), report)
+
+
+@pytest.mark.parametrize("worse", [0.0, 0.02, 0.3])
+def test_labels(worse: float) -> None:
+    """With a mean loss so much lower or higher at this look the word is another one, with a little less it is not."""
+    n = 200 * TICKS
+
+    def outcomes(by: float) -> Outcomes:
+        return Outcomes(1000.0, pairs=Sums(n, n * by, n * (0.02 + by * by)), waiting=100)
+
+    first = said("quality", outcomes=outcomes(worse)).verdict
+    text = nearest(
+        POLICY, 1, early(), replace(healthy(TICKS), outcomes=outcomes(worse)), said("quality", outcomes=outcomes(worse))
+    )
+    found = re.match(r"a mean loss (lower|higher) by ([\d.]+) on the ([\d,]+) answers .*: (\w+)$", text)
+    assert found, text
+    near = float(found[2]) * (-1 if found[1] == "lower" else 1)
+    nearer = near - 1e-4 if near > 0 else near + 1e-4
+    assert said("quality", outcomes=outcomes(worse + near)).verdict == found[4] != first
+    assert said("quality", outcomes=outcomes(worse + nearer)).verdict is first
+
+
+def test_labels_that_came_before_this_look_cannot_be_changed_by_it() -> None:
+    after = replace(healthy(41), outcomes=None)
+    _, reports = gates.look(POLICY, 1, about_to_pass(1), after)
+    report = next(report for report in reports if report.gate == "quality")
+    assert "the looks before" in nearest(POLICY, 1, about_to_pass(1), after, report)

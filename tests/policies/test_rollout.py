@@ -21,6 +21,7 @@ from policies.events import (
     Failed,
     Looked,
     Lost,
+    Noted,
     Ordered,
     Phase,
     Requested,
@@ -326,6 +327,12 @@ def test_a_paused_rollout_goes_down_or_stays_where_it_is(space: Space) -> None:
         ordered = isinstance(edge.event, Ordered) and edge.event.order in ("promote", "resume")
         if edge.before.paused_at is not None and not ordered and edge.after.phase in UPWARD:
             assert (edge.after.phase, edge.after.stage) == (edge.before.phase, edge.before.stage), told(edge)
+
+
+def test_a_page_that_was_made_or_not_changes_nothing(space: Space) -> None:
+    noted = [edge for edge in space.edges if isinstance(edge.event, Noted)]
+    assert {edge.before for edge in noted} == set(states(space))
+    assert all(edge.after == edge.before and edge.asked == () for edge in noted)
 
 
 def test_whoever_takes_a_rollout_over_changes_only_who_holds_it(space: Space) -> None:
