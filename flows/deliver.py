@@ -199,8 +199,9 @@ def deliver_with(ports: Ports, request: Delivery, observers: list[Observer]) -> 
     if turned_away is not None:
         return Outcome(name, version.model, version.version, "refused", turned_away, 0.0)
     pages = Pages(ports, whoami()) if ports.pages is not None and policy.rollout.gates.drift is not None else None
-    told = [*observers, pages] if pages else observers
-    state = to_the_end(ports, name, request.target, lambda: drive(ports, name, preparation, told))
+    if pages is not None:
+        observers = [*observers, pages]
+    state = to_the_end(ports, name, request.target, lambda: drive(ports, name, preparation, observers))
     seconds = ports.clock.now() - began
     if pages is not None:
         pages.close(_PAGES_S)

@@ -30,12 +30,15 @@ class EvidentlyPages:
         self._drift.close()
 
     def write(self, model: str, stable: str, candidate: str, since: float, until: float, path: Path) -> Path:
-        tables = [_shown(self._samples.read(model, each, since, _ROWS_MAX), until) for each in (stable, candidate)]
-        for version, table in zip((stable, candidate), tables, strict=True):
-            if not table.num_rows:
-                raise NotThere(f"v{version} has no sampled rows of that time")
+        first, second = (self._rows(model, version, since, until) for version in (stable, candidate))
         with self._lock:
-            return self._drift.report_html(*tables, path)
+            return self._drift.report_html(first, second, path)
+
+    def _rows(self, model: str, version: str, since: float, until: float) -> pa.Table:
+        table = _shown(self._samples.read(model, version, since, _ROWS_MAX), until)
+        if not table.num_rows:
+            raise NotThere(f"v{version} has no sampled rows of that time")
+        return table
 
 
 def _shown(table: pa.Table, until: float) -> pa.Table:
