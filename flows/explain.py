@@ -10,7 +10,7 @@ from typing import Any
 from flows.story import evidence_of, policy_of, reports_in, story_of
 from policies import gates
 from policies.events import from_body
-from policies.nearest import nearest
+from policies.nearest import nearest, of_check
 from policies.rollout import OUTCOMES, Rollout, step
 from tasks.ports import Entry, Ledger, NotThere
 
@@ -57,6 +57,9 @@ def _walk(entries: Sequence[Entry]) -> tuple[Rollout, list[dict[str, Any]]]:
             "to": state.label, "says": _says(entry, state), "reports": reports,
         }  # fmt: skip
         looked = None
+        if entry.kind == "checked":
+            for report, body in zip(reports_in(entry.body), reports, strict=True):
+                body["nearest"] = of_check(report)
         if evidence is not None:
             was, at_stage = known, int(entry.body["stage"])
             known, _ = gates.look(policy, at_stage, was, evidence)

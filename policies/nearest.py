@@ -31,6 +31,24 @@ def nearest(policy: Policy, stage: int, before: State, evidence: Evidence, repor
     return _held_against(report)
 
 
+def of_check(report: GateReport) -> str:
+    """The same for a check before any traffic, from its numbers: the limit, or else the estimate, that was held
+    against the threshold, and the side on which the word is another one. Nothing where there was no threshold."""
+    if report.verdict is Verdict.ERROR:
+        return "evidence that can be read, and can be true"
+    bar, low, high = report.threshold, report.low, report.high
+    if report.verdict is Verdict.HOLD or bar is None:
+        return report.needs
+    if low is not None and low >= bar:
+        return f"a lower limit below {bar:.4g} instead of {low:.4g} ({report.unit})"
+    if high is not None and high <= bar:
+        return f"an upper limit above {bar:.4g} instead of {high:.4g} ({report.unit})"
+    if report.estimate is None:
+        return report.needs
+    side = "below" if report.estimate > bar else "above"
+    return f"a value {side} {bar:.4g} instead of {report.estimate:.4g} ({report.unit})"
+
+
 def _held_against(report: GateReport) -> str:
     if report.gate == "traffic" and report.verdict is Verdict.PASS and report.threshold is not None:
         odds = report.threshold / (1.0 - report.threshold)

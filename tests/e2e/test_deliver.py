@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
+from flows.planning import MEASURED_S
 from flows.story import fold
 from tests.e2e import toy
 from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
@@ -200,3 +204,128 @@ def state_of(platform: Platform) -> str:
     finally:
         ledger.close()
     return state.label if state else ""
+
+
+# ---------------------------------------------------------------- labels
+
+
+class LabelledClients:
+    """Clients whose requests differ, bear an id and have a truth, which `lockgate labels` brings a moment later."""
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform, self.asked = platform, 0
+        self.times: list[float] = []
+        self.failures: list[str] = []
+        self._stop = threading.Event()
+        self._truth: dict[str, int] = {}
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._ask, self._tell)]
+
+    def __enter__(self) -> LabelledClients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _ask(self) -> None:
+        random = np.random.default_rng()
+        url = f"http://127.0.0.1:{self.platform.ports['GATEWAY']}/v2/models/toy/infer"
+        prefix = f"order-{random.integers(10**9)}"
+        with httpx.Client(timeout=10) as client:
+            while not self._stop.is_set():
+                row = random.normal(size=4)
+                truth = int(row[0] - row[1] + random.normal() > 0)  # as `toy.make` has it
+                name = f"{prefix}-{self.asked}"
+                body = {"inputs": [{**toy.REQUEST, "data": row.tolist()}]}
+                answer = client.post(url, json=body, headers={"x-request-id": name})
+                if answer.status_code != 200:
+                    self.failures.append(answer.text)
+                self._truth[name] = truth
+                self.asked += 1
+                self.times.append(time.monotonic())
+                time.sleep(0.015)
+
+    def _tell(self) -> None:
+        file = self.platform.files / "outcomes.csv"
+        while not self._stop.wait(1.0):
+            told = list(self._truth)
+            file.write_text("\n".join(["request_id,label", *(f"{name},{self._truth.pop(name)}" for name in told)]))
+            done = self.platform.lockgate("labels", "toy", file)
+            if done.code != 0:
+                self.failures.append(done.err)
+
+
+LABELLED = toy.POLICY.replace("policy: toy", "policy: labelled").replace("patience: 60s", "patience: 120s")
+LABELLED = LABELLED.replace("errors: {margin: 0.1}", "errors: {margin: 0.1}\n    quality: {margin: 0.1, rows_min: 50}")
+
+
+def quality_in(platform: Platform, rollout: str) -> list[dict[str, Any]]:
+    """What the quality gate said at the decisions, from `lockgate explain`."""
+    decisions = platform.lockgate("explain", rollout, "--json").json["decisions"]
+    looks = [each for each in decisions if each["kind"] == "looked"]
+    return [report for each in looks for report in each["reports"] if report["gate"] == "quality"]
+
+
+def test_a_plan_at_measured_traffic_has_the_traffics_figures(platform: Platform, first: Path) -> None:
+    with LabelledClients(platform) as traffic:
+        wait_until(lambda: traffic.asked > 50, 60)
+        began = time.monotonic()
+        run = platform.lockgate("plan", platform.files / "toy.yaml", "--measured", "toy", "--json")
+        times = np.array([at for at in traffic.times if at >= began])
+    # It measures for ten seconds, which of the command's is not said; a busy machine's traffic is not steady.
+    starts = times[times <= times[-1] - MEASURED_S]
+    rates = (np.searchsorted(times, starts + MEASURED_S) - np.searchsorted(times, starts)) / MEASURED_S
+    assert run.code in (0, 2), run.err
+    assert traffic.failures == []
+    assert 0.9 * rates.min() <= run.json["traffic"]["rps"] <= 1.1 * rates.max()
+    assert run.json["traffic"]["error_rate"] < 0.05
+    requests = {stage["name"]: stage["requests"] for stage in run.json["stages"]}
+    assert requests["canary 40 %"] == pytest.approx(run.json["traffic"]["rps"] * 0.4 * 4, abs=1)
+
+
+def test_labels_of_answers_through_the_gateway_promote_a_good_version(platform: Platform, first: Path) -> None:
+    policy = platform.files / "labelled.yaml"
+    policy.write_text(LABELLED)
+    with LabelledClients(platform) as traffic:
+        run = platform.deliver(toy.make(platform.files / "v11", seed=11), policy=policy)
+    assert run.code == 0, run.err + run.out
+    assert traffic.failures == []
+    passed = [report for report in quality_in(platform, run.json["rollout"]) if report["verdict"] == "pass"]
+    assert passed, "the last stage is passed on labels"
+    assert 50 <= passed[-1]["n"] <= traffic.asked
+
+
+def test_a_version_that_only_labels_can_tell_is_taken_back_and_evidentlys_page_is_kept(
+    platform: Platform, first: Path
+) -> None:
+    """Its predictions are the stable version's, turned over: equally distributed, and right by its own validation."""
+    folder = toy.make(platform.files / "v12", seed=12, flipped=True)
+    rows = (folder / "validation.csv").read_text().splitlines()
+    turned = [rows[0], *(f"{row.rpartition(',')[0]},{1 - int(float(row.rpartition(',')[2]))}" for row in rows[1:])]
+    (folder / "validation.csv").write_text("\n".join(turned) + "\n")
+    policy = platform.files / "drift.yaml"
+    policy.write_text(LABELLED.replace("  gates:\n", "  gates:\n    drift: {threshold: 0.5, rows_min: 100}\n"))
+    with LabelledClients(platform) as traffic:
+        run = platform.deliver(folder, policy=policy)
+    assert run.code == 1, run.err + run.out
+    assert run.json["reason"].startswith("quality: "), run.json["reason"]
+    assert traffic.failures == []
+    assert quality_in(platform, run.json["rollout"])[-1]["nearest"]
+    pages = platform.lockgate("explain", run.json["rollout"], "--json").json["pages"]
+    assert pages, "the stage in which it failed has a page"
+    import mlflow
+
+    client = mlflow.MlflowClient(f"http://127.0.0.1:{platform.ports['MLFLOW']}")
+    version = client.get_model_version("toy", run.json["version"])
+    kept = {Path(item.path).name for item in client.list_artifacts(version.tags["lockgate.run"], "lockgate/reports")}
+    assert pages[-1]["error"] == ""
+    page = pages[-1]["link"].rpartition("/")[2]
+    assert page in kept
+    assert f"{run.json['rollout']}.html" in kept
+    report = client.download_artifacts(version.tags["lockgate.run"], f"lockgate/reports/{run.json['rollout']}.html")
+    assert pages[-1]["link"] in Path(report).read_text()
+    text = Path(client.download_artifacts(version.tags["lockgate.run"], f"lockgate/reports/{page}")).read_text()
+    assert "prediction" in text

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from policies import gates
 from policies.evidence import Outcomes, Pairs, Sums
-from policies.nearest import nearest
+from policies.nearest import nearest, of_check
 from policies.verdict import GateReport, Verdict
 from tests.benchmarks.faulty import POLICY, about_to_pass, counts, healthy
 
@@ -67,6 +68,21 @@ def test_pairs() -> None:
 def test_a_comparison_is_held_against_its_threshold() -> None:
     text = nearest(POLICY, 1, about_to_pass(1), healthy(41), said("drift"))
     assert text.startswith("an upper limit at or above")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "numbers", "text"),
+    [
+        (Verdict.FAIL, {"estimate": 30.0, "low": 25.0, "high": 40.0}, "a lower limit below 20 instead of 25 (ms)"),
+        (Verdict.PASS, {"estimate": 10.0, "low": 8.0, "high": 15.0}, "an upper limit above 20 instead of 15 (ms)"),
+        (Verdict.FAIL, {"estimate": 30.0}, "a value below 20 instead of 30 (ms)"),
+        (Verdict.PASS, {"estimate": 20.0}, "a value above 20 instead of 20 (ms)"),
+        (Verdict.HOLD, {"estimate": 19.0, "needs": "a longer benchmark"}, "a longer benchmark"),
+        (Verdict.ERROR, {}, "evidence that can be read, and can be true"),
+    ],
+)
+def test_a_check_is_held_against_its_threshold(verdict: Verdict, numbers: dict[str, Any], text: str) -> None:
+    assert of_check(GateReport("benchmark.latency", verdict, "", threshold=20.0, unit="ms", **numbers)) == text
 
 
 def test_what_could_not_be_read_would_have_had_to_be_read() -> None:
