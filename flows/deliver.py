@@ -33,7 +33,7 @@ from tasks.ports import BadInput, ModelVersion, NotThere, PortError, Ports, Refu
 from tasks.registration import register
 from tasks.report import publish_report
 
-_PAGES_S = 60.0  # how long the report of an ended rollout waits for the pages that it links
+_PAGES_S = 120.0  # how long the report of an ended rollout waits for the pages that it links
 _POLL_S = 1.0
 _POLL_MAX_S = 5.0
 _SILENCE_S = 3600.0

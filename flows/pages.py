@@ -41,13 +41,16 @@ class Pages:
         self._ports, self._who, self._settle_s = ports, who, settle_s
         self._stage: _Stage | None = None
         self._queue: queue.Queue[tuple[str, _Stage] | None] = queue.Queue()  # as long as a rollout has stages
+        self._unmade: list[tuple[str, _Stage]] = []
         self._thread: threading.Thread | None = None
 
     def __call__(self, progress: Progress) -> None:
         """Never waits."""
         state, stage = progress.state, self._stage
         if stage is not None and state.moved_by != stage.state.moved_by:
-            self._queue.put((progress.rollout, replace(stage, until=progress.event.at)))
+            asked = progress.rollout, replace(stage, until=progress.event.at)
+            self._unmade.append(asked)
+            self._queue.put(asked)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="pages", daemon=True)
                 self._thread.start()
@@ -56,10 +59,14 @@ class Pages:
             self._stage = _Stage(state, state.label, progress.event.at)
 
     def close(self, wait_s: float) -> None:
-        """Makes the pages that are still to be made, for at most `wait_s` seconds."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(wait_s)
+        """Makes the pages that are still to be made, for at most `wait_s` seconds; the others are told."""
+        if self._thread is None:
+            return
+        self._queue.put(None)
+        self._thread.join(wait_s)
+        for name, stage in list(self._unmade):
+            log.warning("no page on %s of %s: %g s were not enough", stage.what, name, wait_s)
+            self._note(name, Noted(0.0, 0, stage.what, error=f"not made in {wait_s:g} s after the rollout's end"))
 
     def _work(self) -> None:
         while (asked := self._queue.get()) is not None:
@@ -72,6 +79,7 @@ class Pages:
                 log.warning("no page on %s of %s: %s", stage.what, name, exc)
                 noted = Noted(0.0, 0, stage.what, error=str(exc))
             self._note(name, noted)
+            self._unmade.remove(asked)
 
     def _made(self, name: str, stage: _Stage) -> str:
         """The page's link, once it is kept with the version's run."""

@@ -90,6 +90,18 @@ def test_a_page_that_cannot_be_made_is_told_and_changes_nothing(error: PortError
     assert f"Evidently on watching: no page: {error}" in lines(explained(world.ledger, "r1"))
 
 
+def test_a_page_that_is_not_made_in_time_is_told() -> None:
+    free = threading.Event()
+    world, _, pages = told(FakePages(lambda: assert_set(free)), errors=0.5)
+    pages.close(0.05)
+    story = story_of(world.ledger.read("r1"))
+    assert [(page.what, page.error) for page in story.pages] == [
+        ("shadow 100 %", "not made in 0.05 s after the rollout's end")
+    ]
+    free.set()
+    pages.close(10.0)
+
+
 def test_a_rollback_waits_for_no_page() -> None:
     """The page is not made before the rollout has ended; it is then about the rows until the failure."""
     ended = threading.Event()
