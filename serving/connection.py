@@ -309,6 +309,9 @@ class Connection(asyncio.Protocol):
         )
         if self._failed and transport.can_write_eof():
             # To close over bytes that nobody read would reset the connection, and the client might miss the answer.
+            # So they are read and thrown away until it closes its side, whole requests among them.
+            self._waiting.clear()
+            transport.resume_reading()
             transport.write_eof()
         elif not keep:
             self.close()

@@ -332,6 +332,21 @@ def test_who_leaves_before_the_answer_disturbs_nobody(model: Model) -> None:
     told(model, story)
 
 
+@pytest.mark.parametrize("ahead", [INFER, INFER * 2, INFER * 5])
+def test_nonsense_behind_requests_ends_the_connection_once_the_client_has_closed_its_side(
+    model: Model, ahead: bytes
+) -> None:
+    async def story(here: Here, port: Any) -> None:
+        _, other = await asyncio.open_connection("127.0.0.1", port)  # so that answers come a turn later
+        assert statuses(await talk(port, ahead + b"\0\0\r\n\r\n"))[0] == 200
+        async with asyncio.timeout(10):
+            while len(here.host.connections) > 1:  # noqa: ASYNC110 - nobody says when a connection is gone
+                await asyncio.sleep(0.01)
+        other.close()
+
+    told(model, story, request_s=60)
+
+
 PIECES = st.sampled_from([INFER, LIVE, BODY, INFER[:50], HEAD % 2 + b"\r\n", b"\0" * 9]) | (
     st.sampled_from([b"\r\n", b"\r\n\r\n", b"POST ", b" HTTP/1.1", b"content-length: 10\r\n", b"0\r\n\r\n"])
     | st.sampled_from([b"transfer-encoding: chunked\r\n", b"ffffffffffffffff\r\n", b"upgrade: x\r\n"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
+import socket
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,45 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
         assert server.metric("lockgate_queue_rows") <= 64
         assert server.stop() == (0, "")
     assert sum(path.stat().st_size for path in (tmp_path / "rows").glob("*.arrow")) <= 2 * 2**20
+
+
+WHOLE = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b"
+PIECES = [
+    *(WHOLE % (path.encode(), len(body), body) for path, body in BODIES),
+    b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"POST /v2/models/m/infer HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    b"POST /v2/models/m/infer HTTP/1.1\r\ncontent-length: 99999999\r\n\r\n",
+    b'POST /v2/models/m/infer HTTP/1.1\r\ncontent-length: 4000\r\n\r\n{"inputs":' + b"[" * 3990,
+    b"\r\n\r\n",
+    b"\0" * 40,
+    b"x-header: " + b"y" * 9000 + b"\r\n",
+]
+HOSTILE_WARM, HOSTILE = 300, 1_500  # connections
+
+
+@pytest.mark.e2e
+def test_hostile_bytes_leave_nothing_behind(tmp_path: Path) -> None:
+    """Requests cut, joined and with bytes changed: each connection ends, and the process is as large as before."""
+    models.score(tmp_path / "m.onnx")
+    chance = random.Random(3)
+
+    def attack(port: int, connections: int) -> None:
+        for _ in range(connections):
+            data = bytearray(b"".join(chance.choices(PIECES, k=chance.randint(1, 4))))
+            for _ in range(chance.randint(0, 5)):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as peer, contextlib.suppress(OSError):
+                peer.sendall(data[: chance.randint(1, len(data))])
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(65536):
+                    pass
+
+    with running(tmp_path / "m.onnx") as server:
+        port = int(server.url.rpartition(":")[2])
+        attack(port, HOSTILE_WARM)
+        before = server.metric("process_resident_memory_bytes")
+        attack(port, HOSTILE)
+        grown_mb = (server.metric("process_resident_memory_bytes") - before) / 2**20
+        assert grown_mb < 4, f"{grown_mb:.1f} MB more after {HOSTILE} connections"
+        assert server.metric("lockgate_errors_total") == 0
+        assert server.stop() == (0, "")
