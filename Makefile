@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint simulate deaths install lock clean
+.PHONY: help demo test unit lint simulate deaths crowd hints platform install lock clean
 
 help: ## this text
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -30,7 +30,16 @@ simulate: install ## the simulation, a million rollouts (ARGS="--rollouts N --se
 deaths: install ## kill -9 of each process at each step of a rollout, on a real platform (ARGS="--victims flow")
 	$(BIN)/python -m tests.e2e.deaths $(ARGS)
 
-bench-%: install ## bench-gates, bench-ledger, bench-gateway, bench-rollback, bench-serving: tables, and JSON in build/benchmarks
+crowd: install ## 20 models delivered at once on a real platform, twice (ARGS="--models 4")
+	$(BIN)/python -W ignore -m tests.e2e.crowd $(ARGS)
+
+platform: install ## a platform while Prefect's server is away, with lossy hints, and its deployments on other work pools
+	$(BIN)/pytest -q tests/e2e/platform_away.py $(ARGS)
+
+hints: install ## 100 versions whose webhooks are lost, doubled, held back and forged, on a real platform
+	$(BIN)/python -W ignore -m tests.e2e.hints $(ARGS)
+
+bench-%: install ## bench-gates, bench-ledger, bench-gateway, bench-rollback, bench-serving, bench-startup: tables, and JSON in build/benchmarks
 	$(BIN)/python -m tests.benchmarks.bench_$* $(ARGS)
 
 install: .venv/installed ## the virtual environment, from requirements.lock

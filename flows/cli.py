@@ -112,12 +112,13 @@ def status(as_json: Json = False) -> None:
         return
     for part, url in seen["platform"].items():
         out.print(f"{part:<10} {url}", markup=False)
-    table = Table("model", "champion", "traffic", "rollout", "state", "last verdict", box=None)
+    columns = ("model", "champion", "asked_for", "traffic", "rollout", "state", "verdict")
+    table = Table(*(name.replace("_", " ") for name in columns), box=None)
     for model in seen["models"]:
-        table.add_row(
-            *(str(model[key] or "-") for key in ("model", "champion", "traffic", "rollout", "state", "verdict"))
-        )
+        table.add_row(*(str(model[key] or "-") for key in columns))
     out.print(table if seen["models"] else "no model has been delivered yet")
+    for model in seen["models"]:
+        out.print(f"{model['model']}: {'  '.join(model['links'].values())}", markup=False)
 
 
 @app.command(epilog="Example: lockgate doctor --json")
@@ -288,6 +289,35 @@ def labels(
 
     count = label_store(read_settings()).add(model, file)
     _print({"model": model, "labels": count}) if as_json else out.print(f"{model}: {count:,} labels stored")
+
+
+@app.command(epilog="Example: lockgate rehearse flight-delay --version 7 --policy flights.yaml")
+def rehearse(
+    model: Model,
+    policy: Annotated[Path, typer.Option("--policy", "-p", help="The policy file, or the name of a ready-made one.")],
+    version: Annotated[int | None, typer.Option(help="The candidate; by default the alias's.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="An .onnx file that is not registered.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="Rows (CSV, Parquet) instead of what the servers sampled.")] = None,
+    rps: Annotated[float, typer.Option(help="With --rows: how many come in a second.")] = 50.0,
+    hours: Annotated[float, typer.Option(help="How far back the sampled traffic goes.")] = 24.0,
+    as_json: Json = False,
+) -> None:
+    """Play a rollout on recorded traffic: where would it have ended, and why? Changes nothing."""
+    from flows.run import run_rehearsal
+
+    asked = {
+        "model": model,
+        "version": version,
+        "policy": str(_policy(policy).path or policy),
+        "file": str(file.resolve()) if file else None,
+        "rows": str(rows.resolve()) if rows else None,
+        "rps": rps,
+        "hours": hours,
+    }
+    code, seen = run_rehearsal(read_settings(), asked, None if as_json else out, err)
+    if as_json and seen is not None:
+        _print(seen)
+    raise typer.Exit(code)
 
 
 @app.command(epilog="Example: lockgate monitor flight-delay --json")

@@ -97,6 +97,11 @@ def _where() -> str:
     return f"{socket.gethostname()}:{space.stat().st_ino if space.exists() else ''}"
 
 
+def directly(task: Any, *args: Any, name: str = "") -> Any:  # noqa: ARG001 - a Runner; only Prefect shows names
+    """Runs a task's function without Prefect's engine: what must not wait for its server does not."""
+    return task.fn(*args)
+
+
 def in_prefect(task: Any, *args: Any, name: str = "") -> Any:
     """Runs a task in Prefect's engine, under a name that says what it is about."""
     return task.with_options(task_run_name=name)(*args) if name else task(*args)
@@ -294,8 +299,8 @@ def drive(ports: Ports, name: str, preparation: Preparation, observers: list[Obs
 
 def conclude(ports: Ports, name: str, state: Rollout, seconds: float) -> Outcome:
     """The outcome in figures, with the report written, kept with the version's run and linked in Prefect."""
-    story = story_of(ports.ledger.read(name))
     link = None
+    story = story_of(ports.ledger.read(name))
     try:
         version = ports.registry.version(state.model, state.candidate)
         link = in_prefect(
@@ -310,6 +315,12 @@ def conclude(ports: Ports, name: str, state: Rollout, seconds: float) -> Outcome
     except PortError as exc:
         # The outcome stands in the ledger; a report that could not be kept can be made from there again.
         get_run_logger().warning("the report could not be kept: %s", exc)
+    return outcome_of(ports, name, state, seconds, link)
+
+
+def outcome_of(ports: Ports, name: str, state: Rollout, seconds: float, link: str | None = None) -> Outcome:
+    """The outcome in figures. Raises PortError if the ledger cannot be read."""
+    story = story_of(ports.ledger.read(name))
     return Outcome(
         rollout=name,
         model=state.model,

@@ -47,6 +47,11 @@ ALL = (
         interval_s=600.0,
     ),
     Deployed(
+        "rehearse",
+        "flows.rehearse.rehearse",
+        "A dry run of a policy on recorded traffic: how a candidate would have gone, and why. Nothing is deployed.",
+    ),
+    Deployed(
         "monitor",
         "flows.monitor.monitor",
         "Looks at every model that serves and is due: drift, the data's contract, quality as labels come.",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 from flows.live import Followed
 from flows.settings import Settings
-from flows.wiring import connect, located
+from flows.wiring import Addresses, connect, located
+from policies.rollout import OUTCOMES
 from policies.traffic import Route
 from tasks.ports import Ledger, PortError, Ports
 
@@ -23,8 +25,9 @@ def overview(settings: Settings) -> dict[str, Any]:
     routes = ports.router.routes()
     models = sorted({*routes, *_delivered(ports.ledger)})
     return {
-        "platform": {"Prefect": addresses.prefect, "MLflow": addresses.mlflow, "gateway": addresses.gateway},
-        "models": [_model(ports, model, routes.get(model)) for model in models],
+        "platform": {"Prefect": addresses.prefect, "MLflow": addresses.mlflow, "gateway": addresses.gateway}
+        | ({"Evidently": addresses.evidently} if addresses.evidently else {}),
+        "models": [_model(ports, model, routes.get(model), addresses) for model in models],
     }
 
 
@@ -32,30 +35,35 @@ def _delivered(ledger: Ledger) -> set[str]:
     return {str(ledger.read(name)[0].body["model"]) for name in ledger.rollouts()}
 
 
-def _model(ports: Ports, model: str, route: Route | None) -> dict[str, Any]:
+def _model(ports: Ports, model: str, route: Route | None, addresses: Addresses) -> dict[str, Any]:
     name = newest(ports.ledger, model)
+    run = ports.ledger.read(name)[0].body.get("flow_run") if name else None
     followed = Followed(ports.ledger, name) if name else None
     if followed:
         followed.read()
     state = followed.state if followed else None
     return {
         "model": model,
-        "champion": _champion(ports, model),
+        "champion": _alias(ports, model, "champion"),
+        "asked_for": _alias(ports, model, "candidate"),
         "traffic": _traffic(route),
         "rollout": name,
         "candidate": state.candidate if state else None,
         "state": state.label if state else None,
         "reason": state.reason if state else None,
-        "verdict": str(state.verdict) if state and not state.ended else None,
+        "verdict": OUTCOMES[state.phase] if state and state.ended else str(state.verdict) if state else None,
+        "links": {"MLflow": f"{addresses.mlflow}/#/models/{quote(model)}"}
+        | ({"Prefect": f"{addresses.prefect}/runs/flow-run/{run}"} if run else {}),
     }
 
 
-def _champion(ports: Ports, model: str) -> str | None:
+def _alias(ports: Ports, model: str, alias: str) -> str | None:
+    """The version that the registry's alias names."""
     try:
-        champion = ports.registry.by_alias(model, "champion")
+        named = ports.registry.by_alias(model, alias)
     except PortError as exc:
         return f"unknown ({exc})"
-    return champion.version if champion else None
+    return named.version if named else None
 
 
 def _traffic(route: Route | None) -> str:

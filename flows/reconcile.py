@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from prefect import flow
 
 from flows.checks import Preparation, run_checks
-from flows.deliver import BEGIN_S, Delivery, in_prefect, is_dead, request_submission, whoami
+from flows.deliver import BEGIN_S, Delivery, directly, in_prefect, is_dead, request_submission, whoami
 from flows.rollback import proven_before
 from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abort, over
 from flows.runs import cancelled, look_at_registry
@@ -71,11 +71,6 @@ def reconcile(at_once: bool = False) -> dict[str, Any]:
     except PortError as exc:
         done.left["registry"] = str(exc)
     return asdict(done)
-
-
-def directly(task: Any, *args: Any, name: str = "") -> Any:  # noqa: ARG001 - a Runner; only Prefect shows names
-    """Runs a task's function without Prefect's engine: what was left behind is mended although its server is down."""
-    return task.fn(*args)
 
 
 def keep_reconciling(every_s: float = _EVERY_S) -> NoReturn:

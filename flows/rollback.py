@@ -12,7 +12,18 @@ from typing import Any
 
 from prefect import flow
 
-from flows.deliver import BEGIN_S, Outcome, conclude, flow_run_id, in_prefect, still_claimed, to_the_end, whoami
+from flows.deliver import (
+    BEGIN_S,
+    Outcome,
+    conclude,
+    directly,
+    flow_run_id,
+    in_prefect,
+    outcome_of,
+    still_claimed,
+    to_the_end,
+    whoami,
+)
 from flows.publish import Publisher
 from flows.rollout import Controller, Runner, abort, over
 from flows.story import fold
@@ -22,11 +33,12 @@ from policies.rollout import Rollout
 from policies.verdict import GateReport, Verdict
 from tasks.ports import Entry, NotThere, PortError, Ports, Refused
 
+ORDERED = "rollback ordered by hand"
 _WAIT_S = 300.0
 
 
 @flow(name="rollback", flow_run_name="{model} → local: rolling back")
-def rollback(model: str, reason: str = "rollback ordered by hand", by: str = "") -> dict[str, Any]:
+def rollback(model: str, reason: str = ORDERED, by: str = "") -> dict[str, Any]:
     """Takes the model back; returns an `Outcome` as a dictionary. Raises NotThere with nothing to go back to.
 
     Args:
@@ -46,6 +58,14 @@ def rollback_with(ports: Ports, model: str, reason: str, by: str, observer: Any)
     began = ports.clock.now()
     name, state = take_back(ports, model, reason, by, observer, in_prefect)
     return conclude(ports, name, state, ports.clock.now() - began)
+
+
+def rollback_without_prefect(model: str, reason: str, by: str) -> dict[str, Any]:
+    """The same while Prefect's server is away: it knows nothing of it, and no report is kept; the ledger has it all."""
+    ports = connect()
+    began = ports.clock.now()
+    name, state = take_back(ports, model, reason, by, lambda _progress: None, directly)
+    return asdict(outcome_of(ports, name, state, ports.clock.now() - began))
 
 
 def take_back(

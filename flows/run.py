@@ -12,11 +12,12 @@ from rich.console import Console
 from flows.live import LiveView
 from flows.overview import newest
 from flows.settings import Settings
-from flows.wiring import configure, connect, ledger
+from flows.wiring import configure, connect, ledger, prefect_answers
 from policies.policy import PolicyError
 from tasks.ports import BadInput, Ledger, NotThere, PortError, Refused
 
 DONE, REFUSED, USAGE, UNFINISHED = 0, 1, 2, 3
+_PATIENCE_S = 5.0  # of a way back with Prefect's server
 
 
 def exit_code(outcome: dict[str, Any]) -> int:
@@ -47,6 +48,8 @@ def run_delivery(
 
     def work() -> dict[str, Any]:
         configure(settings)
+        if not prefect_answers(settings):
+            raise PortError("Prefect's server does not answer, and nothing was begun; see: lockgate doctor")
         if out is not None:
             out.print(f"{request['model']}: looking at what was handed in, and registering it", markup=False)
         from flows.deliver import deliver
@@ -68,10 +71,14 @@ def run_rollback(
 
     def work() -> dict[str, Any]:
         configure(settings)
-        from flows.rollback import rollback
+        alone = not prefect_answers(settings, _PATIENCE_S)
+        if alone:
+            err.print("lockgate: Prefect's server does not answer: going back without it", markup=False)
+        from flows.rollback import ORDERED, rollback, rollback_without_prefect
 
         with follow(out, ledger(settings), model):
-            return rollback(model, **({"reason": reason} if reason else {}), by=settings.person)
+            go_back = rollback_without_prefect if alone else rollback
+            return dict(go_back(model, reason or ORDERED, settings.person))
 
     code, outcome = guarded(work, err)
     if outcome is not None and out is not None:
@@ -79,6 +86,26 @@ def run_rollback(
     if outcome is not None and outcome["outcome"] == "rolled_back" and not outcome["unfinished"]:
         return DONE, outcome  # a rollout under way was taken back: that is what was asked for
     return code, outcome
+
+
+def run_rehearsal(
+    settings: Settings, asked: dict[str, Any], out: Console | None, err: Console
+) -> tuple[int, dict[str, Any] | None]:
+    """A rollout played on recorded traffic; exit code 0 promoted, 1 taken back, 3 where the recording was too short."""
+
+    def work() -> dict[str, Any]:
+        configure(settings)
+        if not prefect_answers(settings):
+            raise PortError("Prefect's server does not answer; see: lockgate doctor")
+        from flows.rehearse import lines, rehearse
+
+        seen: dict[str, Any] = rehearse(**asked)
+        if out is not None:
+            out.print("\n".join(lines(seen)), markup=False)
+        return seen
+
+    codes = {"promoted": DONE, "rolled_back": REFUSED}
+    return guarded(work, err, lambda seen: codes.get(seen["outcome"], UNFINISHED))
 
 
 def run_monitor(

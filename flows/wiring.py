@@ -36,12 +36,14 @@ from infra.platform_local import (
 from infra.platform_local import (
     announce as _announce,
 )
+from infra.recording_arrow import Candidate as Candidate
 from policies.traffic import Route
 from tasks.ports import BadInput, Ledger, PortError, Ports
 from tasks.ports_monitor import MonitorPorts
 
 if TYPE_CHECKING:
     from infra.labels_arrow import LabelStore
+    from infra.recording_arrow import ArrowRecordings
 
 
 health = health_local
@@ -96,6 +98,12 @@ def located(settings: Settings) -> Addresses:
 def where(settings: Settings) -> Addresses | None:
     """Where the platform is, if one runs. Raises PortError if that cannot be told."""
     return running(settings.folder)
+
+
+def prefect_answers(settings: Settings, within_s: float = 60.0) -> bool:
+    """Whether the Prefect server that flows will use answers: a flow would wait minutes for one that is not there."""
+    prefect = (settings.prefect_url or located(settings).prefect).removesuffix("/api")
+    return health.answers(f"{prefect}/api/health", within_s)
 
 
 def routes(settings: Settings) -> Mapping[str, Route]:
@@ -278,3 +286,13 @@ def _monitoring(settings_json: str, _platform: int) -> MonitorPorts:
         comparer=EvidentlyMonitor(drift, settings.folder / "evidently"),
         herald=PrefectHerald(),
     )
+
+
+def recordings(settings: Settings | None = None) -> ArrowRecordings:
+    """The traffic that the running platform's servers sampled. Raises PortError if none runs."""
+    from infra.drift_evidently import EvidentlyDrift
+    from infra.recording_arrow import ArrowRecordings
+
+    drift = EvidentlyDrift()
+    atexit.register(drift.close)
+    return ArrowRecordings(located(settings or Settings()).agent_home, drift)

@@ -165,6 +165,14 @@ def database(server: str) -> Finding:
     return Finding("database", True, f"{shown(server)}: {says}")
 
 
+def answers(url: str, within_s: float) -> bool:
+    """Whether somebody says 200 there; at once False where nobody listens."""
+    try:
+        return httpx.get(url, timeout=within_s).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
 def prefect(url: str) -> Iterator[Finding]:
     """The server answers, in the version that is installed here, and its clock is this machine's."""
     yield from _server("Prefect", url, f"{url}/api/admin/version", "prefect")

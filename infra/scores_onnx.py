@@ -15,11 +15,17 @@ _BATCH = 1024
 
 
 def predictions(
-    onnx: Path, digest: str, feeds: Mapping[str, NDArray[Any]], output: str | None, column: int
+    onnx: Path,
+    digest: str,
+    feeds: Mapping[str, NDArray[Any]],
+    output: str | None,
+    column: int,
+    failures: bool = False,
 ) -> NDArray[Any]:
     """The prediction of each row, as the model server picks it; NaN where the model gives none.
 
-    Raises BadInput for bytes that are not those of the digest, or that cannot be run on these rows.
+    With `failures`, a row that the model fails on is one without a prediction. Raises BadInput for bytes that are not
+    those of the digest, or that cannot be run on these rows.
     """
     import numpy as np
 
@@ -33,9 +39,25 @@ def predictions(
         rows = len(next(iter(feeds.values())))
         size = _BATCH if model.signature.batch else 1
         parts = []
+
+        def one(at: int) -> NDArray[Any]:
+            try:
+                return np.asarray(predictor.of(model.run(_rows(feeds, at, 1)), 1))
+            except ModelFailed:
+                return np.array([np.nan])
+
         for start in range(0, rows, size):
-            part = {name: values[start : start + size] for name, values in feeds.items()}
-            parts.append(predictor.of(model.run(part), min(size, rows - start)))
+            count = min(size, rows - start)
+            try:
+                parts.append(predictor.of(model.run(_rows(feeds, start, count)), count))
+            except ModelFailed:
+                if not failures:
+                    raise
+                parts.append(np.concatenate([one(at) for at in range(start, start + count)]))
     except (CannotServe, ModelFailed, Refused) as exc:
-        raise BadInput(f"the reference rows cannot be predicted: {exc}") from exc
+        raise BadInput(f"the rows cannot be predicted: {exc}") from exc
     return np.concatenate(parts)
+
+
+def _rows(feeds: Mapping[str, NDArray[Any]], start: int, count: int) -> dict[str, NDArray[Any]]:
+    return {name: values[start : start + count] for name, values in feeds.items()}

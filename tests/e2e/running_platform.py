@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import psutil
 
+from infra.databases_postgresql import databases
 from infra.ledger_sql import SqlLedger
 
 
@@ -72,7 +73,8 @@ class Platform:
 
     def ledger(self) -> SqlLedger:
         """The platform's ledger; to be closed."""
-        return SqlLedger(self.env.get("LOCKGATE_LEDGER_URL") or f"sqlite:///{self.home / 'ledger.db'}")
+        url = databases(self.home, self.env.get("LOCKGATE_DATABASE")).ledger
+        return SqlLedger(self.env.get("LOCKGATE_LEDGER_URL") or url)
 
 
 @contextmanager

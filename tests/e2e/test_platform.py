@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
+import time
 from collections.abc import Iterator
 
-import psutil
 import psycopg
 import pytest
 
-from infra.platform_local import running
-from tests.e2e import toy
+from tests.e2e import hints, toy
+from tests.e2e.hints import part
 from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
 from tests.infra.postgresql_server import postgresql, programs_or_skip
 
@@ -37,7 +36,8 @@ def server() -> Iterator[str]:
 def platform(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     files, home = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("home")
     (files / "toy.yaml").write_text(toy.POLICY)
-    with running_platform(home, files, LOCKGATE_DATABASE=server) as made:
+    hints.prepare(home)
+    with running_platform(home, files, LOCKGATE_DATABASE=server, LOCKGATE_REGISTRY_POLL_S=str(hints.POLL_S)) as made:
         yield made
 
 
@@ -48,17 +48,6 @@ def wrong(platform: Platform) -> dict[str, str]:
     found = {each["what"]: each["says"] for each in seen.json if not each["ok"]}
     assert seen.code == (1 if found else 0)
     return found
-
-
-def part(platform: Platform, name: str) -> psutil.Process | None:
-    """The part's process, if it lives: the one that the supervisor started."""
-    addresses = running(platform.home)
-    assert addresses is not None
-    for child in psutil.Process(addresses.pid).children():
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            if PARTS[name] in " ".join(child.cmdline()):
-                return child
-    return None
 
 
 def test_one_setting_puts_all_three_databases_on_postgresql_and_a_delivery_goes_through(
@@ -82,7 +71,7 @@ def test_one_setting_puts_all_three_databases_on_postgresql_and_a_delivery_goes_
 
 
 def test_every_part_that_is_killed_comes_back_and_then_a_delivery_goes_through(platform: Platform) -> None:
-    before = {name: part(platform, name) for name in PARTS}
+    before = {name: part(platform, PARTS[name]) for name in PARTS}
     assert all(before.values()), before
     with Clients(platform.ports["GATEWAY"], "toy", toy.REQUEST) as traffic:
         for process in before.values():
@@ -90,8 +79,28 @@ def test_every_part_that_is_killed_comes_back_and_then_a_delivery_goes_through(p
             process.send_signal(signal.SIGKILL)
         for name, old in before.items():
             assert old is not None
-            wait_until(lambda: (now := part(platform, name)) is not None and now.pid != old.pid, 120, name)  # noqa: B023
+            wait_until(lambda: (now := part(platform, PARTS[name])) is not None and now.pid != old.pid, 120, name)  # noqa: B023
         wait_until(lambda: not wrong(platform), 120, "the platform is well again by its own word")
         run = platform.deliver(toy.make(platform.files / "v2", seed=2))
         assert run.code == 0, run.err + run.out
     assert traffic.failed() == [], "the gateway and the servers went on without the agent"
+
+
+def test_a_rehearsal_on_recorded_traffic_says_how_it_would_have_gone_and_changes_nothing(platform: Platform) -> None:
+    policy = platform.files / "rehearsed.yaml"
+    policy.write_text(toy.POLICY.replace("  gates:\n", "  gates:\n    disagreement: {margin: 0.1, tolerance: 0.1}\n"))
+    flipped = toy.make(platform.files / "flipped", seed=4, flipped=True)
+    book = platform.ledger()
+    try:
+        before = book.head(), platform.versions()
+        with Clients(platform.ports["GATEWAY"], "toy", toy.REQUEST):
+            time.sleep(6)  # what is recorded has to last some seconds: no condition to wait for
+        bad = platform.lockgate("rehearse", "toy", "--file", flipped / "model.onnx", "--policy", policy, "--json")
+        assert (bad.code, bad.json["outcome"]) == (1, "rolled_back"), bad.err + bad.out
+        assert "disagreement" in bad.json["why"]
+        rows = ("--rows", flipped / "validation.csv", "--rps", 100)
+        same = platform.lockgate("rehearse", "toy", "--file", platform.files / "v1" / "model.onnx", "-p", policy, *rows)
+        assert same.code == 0, same.err + same.out
+        assert (book.head(), platform.versions()) == before
+    finally:
+        book.close()

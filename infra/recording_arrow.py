@@ -1,0 +1,131 @@
+"""Recorded traffic, answered anew: what a model's servers sampled, or a file of rows, put to a candidate's bytes.
+
+The candidate runs in this process, on the recorded inputs: nothing is deployed, and no server is asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra import rows, scores_onnx
+from infra.drift_evidently import EvidentlyDrift
+from infra.samples_arrow import SampledRows
+from policies.evidence import Drift
+from policies.policy import Policy
+from policies.rehearsal import Compare, Recording
+from tasks.ports import BadInput, NotThere, PortError, Signature, Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+
+class ArrowRecordings:
+    """The recordings of one agent's servers. `drift` compares their rows."""
+
+    def __init__(self, agent_home: Path, drift: EvidentlyDrift) -> None:
+        self._samples, self._drift = SampledRows(agent_home), drift
+
+    def sampled(
+        self, policy: Policy, model: str, stable: str, candidate: Candidate, hours: float
+    ) -> tuple[Recording, Compare]:
+        """What the stable version answered in the last hours. Raises NotThere where nothing of it is left."""
+        import numpy as np
+
+        table = self._samples.read(model, stable, time.time() - 3600.0 * hours)
+        if table.num_rows == 0:
+            raise NotThere(f"v{stable} of {model} has no sampled row of the last {hours:g} h; give a file with --rows")
+        answered = np.asarray(table["status"]) < 400
+        answers = np.where(answered, np.asarray(table["prediction"].cast("float64").fill_null(np.nan)), np.nan)
+        feeds = {tensor.name: _sampled_input(table, tensor) for tensor in candidate.signature.inputs}
+        lots = [zlib.crc32(request.encode()) / 2**32 for request in table["request_id"].to_pylist()]
+        recording = Recording(
+            np.asarray(table["time"], dtype=float), np.asarray(lots), answers, candidate.answers(policy, feeds)
+        )
+        return recording, self._compare(policy, table, recording, lambda name: f"in.{name}")
+
+    def in_file(
+        self, policy: Policy, path: Path, rps: float, stable: Candidate, candidate: Candidate
+    ) -> tuple[Recording, Compare]:
+        """The file's rows, one after the other at so many a second, answered by the bytes of both. Raises BadInput."""
+        import numpy as np
+
+        table = rows.read(path, text=rows.text_inputs(candidate.signature))
+        answers = [
+            each.answers(policy, rows.feeds(table, each.signature, path, policy.checks.label))
+            for each in (stable, candidate)
+        ]
+        lots = np.random.default_rng(1).random(table.num_rows)
+        recording = Recording(np.arange(table.num_rows) / rps, lots, *answers)
+        return recording, self._compare(policy, table, recording, lambda name: name)
+
+    def _compare(self, policy: Policy, table: pa.Table, recording: Recording, named: Callable[[str], str]) -> Compare:
+        import pyarrow as pa
+
+        gate = policy.rollout.gates.drift
+        if gate is None:
+            return lambda _stable, _candidate: None
+        columns = [name if name == rows.PREDICTION else named(name) for name in gate.columns]
+        missing = [name for name in columns if name != rows.PREDICTION and name not in table.column_names]
+        if missing:
+            raise BadInput(f"the recording has no {', '.join(missing)}, which the drift gate compares")
+
+        def side(answers: NDArray[np.float64], numbers: NDArray[np.int64]) -> pa.Table:
+            chosen = {name: table[name].take(pa.array(numbers)) for name in columns if name != rows.PREDICTION}
+            return pa.table({**chosen, rows.PREDICTION: answers[numbers]})
+
+        def compare(stable: NDArray[np.int64], candidate: NDArray[np.int64]) -> Drift:
+            first, second = side(recording.stable, stable), side(recording.candidate, candidate)
+            return self._drift.compare(first, second, tuple(columns), gate.method)
+
+        return compare
+
+
+class Candidate:
+    """Bytes that answer recorded rows."""
+
+    def __init__(self, onnx: Path, digest: str, signature: Signature) -> None:
+        self.onnx, self.digest, self.signature = onnx, digest, signature
+
+    @classmethod
+    def of_file(cls, onnx: Path, signature: Signature) -> Candidate:
+        """Bytes that nobody has registered."""
+        with onnx.open("rb") as file:
+            return cls(onnx, hashlib.file_digest(file, "sha256").hexdigest(), signature)
+
+    def answers(self, policy: Policy, feeds: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
+        """The prediction of each row; NaN where there is none. Raises BadInput for rows that it cannot be asked."""
+        import numpy as np
+
+        chosen = policy.prediction
+        found = scores_onnx.predictions(self.onnx, self.digest, feeds, chosen.output, chosen.column, failures=True)
+        return np.asarray(found, float)
+
+
+def _sampled_input(table: pa.Table, tensor: Tensor) -> NDArray[Any]:
+    """The input as the model gets it, from the columns that samples keep it in. Raises PortError for one not kept."""
+    import numpy as np
+
+    kind = rows.NUMPY_OF[tensor.dtype]
+    if len(tensor.shape) < 2:
+        names = [f"in.{tensor.name}"]
+    else:
+        width = sum(name.startswith(f"in.{tensor.name}.") for name in table.column_names)
+        names = [f"in.{tensor.name}.{at}" for at in range(width)]
+    if not names or any(name not in table.column_names for name in names):
+        raise PortError(
+            f"the sampled rows do not hold the input '{tensor.name}' (too wide to keep, or of other models)"
+        )
+    columns = [np.asarray(table[name].to_pylist(), dtype=object if kind == "object" else kind) for name in names]
+    if len(tensor.shape) < 2:
+        return columns[0]
+    try:
+        return np.stack(columns, axis=1).reshape(-1, *tensor.shape[1:])
+    except ValueError as exc:
+        raise PortError(f"the sampled input '{tensor.name}' has {len(names)} values, not {list(tensor.shape)}") from exc
