@@ -14,6 +14,7 @@ import pytest
 from flows.doctor import policies, traffic, variables
 from flows.settings import Settings
 from infra import health_local as health
+from infra.platform_local import free_port
 from policies.events import Requested, to_body
 from policies.policy import parse
 from policies.rollout import terms
@@ -98,9 +99,7 @@ def test_it_ends_with_1_where_something_is_wrong_and_changes_nothing(tmp_path: P
     if file:
         (tmp_path / "lockgate.toml").write_text(file)
     command = [sys.executable, "-m", "flows.cli", "doctor", "--json"]
-    ports = {
-        f"LOCKGATE_{name}_PORT": str(number) for number, name in enumerate(("PREFECT", "MLFLOW", "GATEWAY"), 47310)
-    }
+    ports = {f"LOCKGATE_{name}_PORT": str(free_port()) for name in ("PREFECT", "MLFLOW", "GATEWAY")}
     root = Path(__file__).resolve().parents[2]
     env = {"PATH": "/usr/bin:/bin", "LOCKGATE_HOME": str(home), "PYTHONPATH": str(root), **ports}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60, check=False)
