@@ -104,9 +104,9 @@ class Courier:
             self.answers[what, status] += 1
             return status
 
-    def send_old_ones(self, count: int) -> None:
+    def send_again(self, old: list[tuple[dict[str, str], bytes]]) -> None:
         """What a receiver that has died since had been told: signed, and stale."""
-        for headers, body in self.seen[:count]:
+        for headers, body in old:
             self.send("stale", headers, body)
 
     def close(self) -> None:
@@ -164,6 +164,7 @@ class Story:
                 self.down.append((began, time.time()))
             if number == 2 * self.count // 3:
                 began = time.time()
+                old = self.courier.seen[:5]
                 with self.courier.still:
                     self._count_refused()
                     killed(self.platform, "flows.receiver")
@@ -173,7 +174,7 @@ class Story:
                 wait_until(self._receiver_subscribed, 90, "the receiver is there again")
                 self.down.append((began, time.time()))
                 self._divert(self.courier.url)
-                self.courier.send_old_ones(5)
+                self.courier.send_again(old)
                 self.courier.send("forged", {**_MADE_UP, "X-MLflow-Timestamp": str(int(time.time()))}, b"{}")
         wait_until(lambda: len(self.outcomes()) == self.count, 60 + 15 * self.count, "every version has its outcome")
         with self.courier.still:
