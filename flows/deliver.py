@@ -6,6 +6,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,12 @@ def deliver_with(ports: Ports, request: Delivery, observers: list[Observer]) -> 
 
 def start(ports: Ports, policy: Policy, version: ModelVersion, request: Delivery, name: str) -> str | None:
     """Makes it the model's active rollout and writes the request down; a sentence if it is turned away."""
-    turned_away = _claim(ports, policy, version, request, name)
+    try:
+        turned_away = _claim(ports, policy, version, request, name)
+    except BaseException:
+        with suppress(PortError):  # then those behind it in the queue wait until they see that it does not come
+            ports.ledger.release(version.model, request.target, name)
+        raise
     if turned_away is not None:
         return turned_away
     try:
@@ -388,11 +394,12 @@ def _wait_turn(
 ) -> str | None:
     """Nothing if it has to wait on, an empty sentence if it is the active rollout now, else why it is turned away."""
     rule = policy.rollout.on_conflict
-    while (other := ports.ledger.claim(version.model, request.target, name)) != name:
+    in_line = rule == "queue"
+    while (other := ports.ledger.claim(version.model, request.target, name, in_line)) != name:
         state = fold(ports.ledger.read(other))
         waited = ports.clock.now() - seen.setdefault(other, ports.clock.now())
         if (state is None and waited > BEGIN_S) or (state is not None and over(state)):
-            # Its controller died before it could, or before it began.
+            # Its controller died before it could, or before it began; or it was its turn, and it did not come.
             ports.ledger.release(version.model, request.target, other, unbegun=state is None)
             continue
         if state is not None and rule == "reject":

@@ -15,12 +15,12 @@ from infra import ledger_schema as schema
 def grants(role: str) -> list[str]:
     """The statements, to be run by the tables' owner once a ledger was opened as that owner."""
     name = '"' + role.replace('"', '""') + '"'
-    tables = ", ".join(table.name for table in (schema.entries, schema.claims, schema.settled))
+    tables = ", ".join(table.name for table in (schema.entries, schema.claims, schema.queue, schema.settled))
     return [
         f"REVOKE ALL ON {tables} FROM PUBLIC, {name}",
         f"GRANT SELECT, INSERT ON {tables} TO {name}",
         # A claim is a lock: it is given back. Entries and what is settled are for ever.
-        f"GRANT DELETE ON {schema.claims.name} TO {name}",
+        f"GRANT DELETE ON {schema.claims.name}, {schema.queue.name} TO {name}",
     ]
 
 

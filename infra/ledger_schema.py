@@ -31,6 +31,16 @@ claims = sa.Table(
     sa.Column("rollout", sa.Text, nullable=False),
 )
 
+# Who waits to be the active rollout, in the order of coming.
+queue = sa.Table(
+    "lockgate_queue",
+    metadata,
+    sa.Column("rollout", sa.Text, primary_key=True),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("place", _NUMBER, nullable=False),
+)
+
 # Rollouts that ask for nothing any more: known from their entries, kept so that nobody folds them again to find out.
 settled = sa.Table("lockgate_settled", metadata, sa.Column("rollout", sa.Text, primary_key=True))
 
@@ -75,14 +85,14 @@ def _postgresql_triggers() -> list[str]:
     then = "EXECUTE FUNCTION lockgate_refuse()"
     return [
         f"CREATE OR REPLACE FUNCTION lockgate_refuse() RETURNS trigger LANGUAGE plpgsql AS $$ {refuse} $$",
-        f"CREATE TRIGGER lockgate_no_change BEFORE UPDATE OR DELETE ON {entries.name} FOR EACH ROW {then}",
-        f"CREATE TRIGGER lockgate_no_truncate BEFORE TRUNCATE ON {entries.name} FOR EACH STATEMENT {then}",
+        f"CREATE OR REPLACE TRIGGER lockgate_no_change BEFORE UPDATE OR DELETE ON {entries.name} FOR EACH ROW {then}",
+        f"CREATE OR REPLACE TRIGGER lockgate_no_truncate BEFORE TRUNCATE ON {entries.name} FOR EACH STATEMENT {then}",
     ]
 
 
 def create(connection: sa.Connection) -> None:
     """Tables, indexes and triggers are there. The caller holds the ledger's lock, so nobody else creates them too."""
-    if sa.inspect(connection).has_table(settled.name):  # the last one made: all are there
+    if sa.inspect(connection).has_table(queue.name):  # the last one made: all are there
         return
     metadata.create_all(connection, tables=[entries, claims])
     dialect = connection.dialect.name
@@ -90,3 +100,4 @@ def create(connection: sa.Connection) -> None:
     for statement in (*_indexes(dialect), *triggers):
         connection.exec_driver_sql(statement)
     metadata.create_all(connection, tables=[settled])
+    metadata.create_all(connection, tables=[queue])

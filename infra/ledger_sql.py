@@ -192,28 +192,57 @@ class SqlLedger:
 
     # ------------------------------------------------------------ claims
 
-    def claim(self, model: str, target: str, rollout: str) -> str:
-        table = schema.claims
-        wanted = sa.select(table.c.rollout).where(table.c.model == model, table.c.target == target)
+    def claim(self, model: str, target: str, rollout: str, in_line: bool = False) -> str:
         with self._read() as connection:  # those who wait ask again and again, and must not keep others from writing
-            holder = connection.execute(wanted).scalar()
-        if holder is not None:
-            return str(holder)
+            line = self._line(connection, model, target)
+            holder = self._holder(connection, model, target)
+        if not in_line or rollout in line:
+            if holder is not None:
+                return holder
+            if in_line and line[0] != rollout:
+                return line[0]
         for _ in range(_TRIES):
             with self._write() as connection:
-                connection.execute(self._unless_there(table, model=model, target=target, rollout=rollout))
-                holder = connection.execute(wanted).scalar()
+                if in_line and self._holder(connection, model, target) != rollout:
+                    self._join(connection, model, target, rollout)
+                    line = self._line(connection, model, target)
+                if not in_line or line[0] == rollout:
+                    mine = self._unless_there(schema.claims, model=model, target=target, rollout=rollout)
+                    connection.execute(mine)
+                holder = self._holder(connection, model, target)
+                if holder == rollout:
+                    connection.execute(sa.delete(schema.queue).where(schema.queue.c.rollout == rollout))
+            if holder is None and in_line:
+                return line[0]
             if holder is not None:  # else it was released between the two statements: try again
-                return str(holder)
+                return holder
         raise PortError(f"{self._where}: the claim on {model} at {target} changes hands too fast")
 
+    def _holder(self, connection: sa.Connection, model: str, target: str) -> str | None:
+        table = schema.claims
+        wanted = sa.select(table.c.rollout).where(table.c.model == model, table.c.target == target)
+        return connection.execute(wanted).scalar()
+
+    def _line(self, connection: sa.Connection, model: str, target: str) -> list[str]:
+        """Who waits, the first first."""
+        table = schema.queue
+        wanted = sa.select(table.c.rollout).where(table.c.model == model, table.c.target == target)
+        return list(connection.execute(wanted.order_by(table.c.place)).scalars())
+
+    def _join(self, connection: sa.Connection, model: str, target: str, rollout: str) -> None:
+        last = connection.execute(sa.select(sa.func.max(schema.queue.c.place))).scalar() or 0
+        mine = self._unless_there(schema.queue, rollout=rollout, model=model, target=target, place=last + 1)
+        connection.execute(mine)
+
     def release(self, model: str, target: str, rollout: str, unbegun: bool = False) -> None:
-        table, entries = schema.claims, schema.entries
-        mine = sa.delete(table).where(table.c.model == model, table.c.target == target, table.c.rollout == rollout)
-        if unbegun:
-            mine = mine.where(~sa.exists().where(entries.c.rollout == rollout))
         with self._write() as connection:
-            connection.execute(mine)
+            for table in (schema.claims, schema.queue):
+                mine = sa.delete(table).where(
+                    table.c.model == model, table.c.target == target, table.c.rollout == rollout
+                )
+                if unbegun:
+                    mine = mine.where(~sa.exists().where(schema.entries.c.rollout == rollout))
+                connection.execute(mine)
 
     # ------------------------------------------------------------ quarantine
 
@@ -289,7 +318,7 @@ class SqlLedger:
             said = str(getattr(exc, "orig", None) or exc).strip()
             raise PortError(f"the ledger at {self._where} cannot be used: {said}") from exc
 
-    def _unless_there(self, table: sa.Table, **values: str) -> sa.Executable:
+    def _unless_there(self, table: sa.Table, **values: Any) -> sa.Executable:
         if self._engine.dialect.name == "sqlite":
             return sqlite.insert(table).values(values).on_conflict_do_nothing()
         return postgresql.insert(table).values(values).on_conflict_do_nothing()

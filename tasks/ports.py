@@ -372,12 +372,14 @@ class Ledger(Protocol):
         """The entries after the number `after`, each as the line of `policies.audit`, exactly as it is stored:
         what `verify` checks and `export` exports."""
 
-    def claim(self, model: str, target: str, rollout: str) -> str:
+    def claim(self, model: str, target: str, rollout: str, in_line: bool = False) -> str:
         """Makes it the active rollout of the model on the target; returns the active one's id, which is another's
-        if that came first."""
+        if that came first. With `in_line` it joins the end of the queue on its first call, and is made the active one
+        only when nobody stands before it; while none is active, the first in the queue is returned."""
 
     def release(self, model: str, target: str, rollout: str, unbegun: bool = False) -> None:
-        """The rollout is active no more; `unbegun`: unless anything of it is written by now. Idempotent."""
+        """The rollout is active no more, nor in the queue; `unbegun`: unless anything of it is written by now.
+        Idempotent."""
 
     def quarantine(self, digest: str, reason: str, rollout: str) -> None:
         """These bytes are not to serve again. Idempotent."""

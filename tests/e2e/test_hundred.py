@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from flows import deliver
 from flows.deliver import Delivery, start, to_the_end
 from flows.rollout import Controller, over
 from infra.ledger_sql import SqlLedger
@@ -51,12 +53,13 @@ def deliver_some(
     url: str, address: Any, key: bytes, clock: FastClock, on_conflict: str, numbers: list[int]
 ) -> dict[int, str]:
     """One process: its versions, all at once; by version, why it was turned away (nothing if it was rolled out)."""
+    deliver.BEGIN_S = 16 * deliver.BEGIN_S  # nobody is dead here, and this clock runs faster than the machine
     ledger = SqlLedger(url, clock.now)
     ports = shared_world.ports(address, key, clock, ledger)
     policy = parse(POLICY.format(on_conflict=on_conflict))
     request = Delivery(model=MODEL, source="x.onnx", policy="")
 
-    def deliver(number: int) -> str:
+    def deliver_one(number: int) -> str:
         version = ports.registry.version(MODEL, str(number))
         name = f"{MODEL}-v{number}"
         turned_away = start(ports, policy, version, request, name)
@@ -66,7 +69,7 @@ def deliver_some(
         return turned_away or ""
 
     with ThreadPoolExecutor(len(numbers)) as pool:
-        return dict(zip(numbers, pool.map(deliver, numbers), strict=True))
+        return dict(zip(numbers, pool.map(deliver_one, numbers), strict=True))
 
 
 FINE = GateReport("quality", Verdict.PASS, "fine")
@@ -79,6 +82,8 @@ def crowd(url: str, on_conflict: str) -> tuple[dict[int, str], dict[str, list[En
     key = bytes(multiprocessing.current_process().authkey)
     try:
         versions = list(range(2, COUNT + 2))
+        if on_conflict == "queue":
+            stand_in_line(url)
         work = partial(deliver_some, url, server.address, key, clock, on_conflict)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["flows.deliver", "infra.ledger_sql", "tests.e2e.shared_world"])
@@ -96,6 +101,19 @@ def crowd(url: str, on_conflict: str) -> tuple[dict[int, str], dict[str, list[En
     ledger.close()
     assert route.candidate is None
     return turned_away, entries, route.stable
+
+
+def in_line() -> list[str]:
+    """The rollouts in an order that is neither the versions' nor the processes'."""
+    return [f"{MODEL}-v{number}" for number in random.Random(5).sample(range(2, COUNT + 2), COUNT)]
+
+
+def stand_in_line(url: str) -> None:
+    """All of them have come, one after the other, before the first is rolled out."""
+    ledger = SqlLedger(url)
+    for name in in_line():
+        assert ledger.claim(MODEL, "local", name, in_line=True) == in_line()[0]
+    ledger.close()
 
 
 def states(entries: list[Entry]) -> list[tuple[int, Rollout]]:
@@ -141,11 +159,12 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("url", ["sqlite", "postgresql"], indirect=True)
-def test_queued_each_has_its_turn_and_starts_from_the_one_before(url: str) -> None:
+def test_queued_each_has_its_turn_in_the_order_of_coming_and_starts_from_the_one_before(url: str) -> None:
     turned_away, rollouts, serving = crowd(url, "queue")
     ended = check_one_at_a_time(rollouts)
     check_none_lost(turned_away, ended)
     assert not any(turned_away.values())
+    assert list(rollouts) == in_line(), "first come, first served"
     assert [state.phase for state in ended] == [Phase.PROMOTED] * COUNT
     assert [state.stable for state in ended] == ["1", *(state.candidate for state in ended[:-1])]
     assert serving == ended[-1].candidate

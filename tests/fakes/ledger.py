@@ -35,6 +35,7 @@ class FakeLedger:
         self.entries: list[Entry] = []
         self._books: dict[str, list[Entry]] = {}
         self._claims: dict[tuple[str, str], str] = {}
+        self._lines: dict[tuple[str, str], list[str]] = {}
         self._quarantines: list[Entry] = []
         self._settled: set[str] = set()
         self._lock = threading.RLock()
@@ -99,10 +100,19 @@ class FakeLedger:
             yield text.encode() + b"\n"
         self.after("lines")
 
-    def claim(self, model: str, target: str, rollout: str) -> str:
+    def claim(self, model: str, target: str, rollout: str, in_line: bool = False) -> str:
         self._up("claim")
         with self._lock:
-            holder = self._claims.setdefault((model, target), rollout)
+            holder = self._claims.get((model, target))
+            line = self._lines.setdefault((model, target), [])
+            if in_line and holder != rollout and rollout not in line:
+                line.append(rollout)
+            if holder is None:
+                holder = line[0] if in_line else rollout
+                if holder == rollout:
+                    self._claims[model, target] = rollout
+            if holder == rollout and rollout in line:
+                line.remove(rollout)
         self.after("claim")
         return holder
 
@@ -112,6 +122,9 @@ class FakeLedger:
             begun = unbegun and bool(self._books.get(rollout))
             if self._claims.get((model, target)) == rollout and not begun:
                 del self._claims[model, target]
+            line = self._lines.get((model, target), [])
+            if rollout in line and not begun:
+                line.remove(rollout)
         self.after("release")
 
     def quarantine(self, digest: str, reason: str, rollout: str) -> None:

@@ -269,6 +269,25 @@ class LedgerContract:
         ledger.release("m", "local", "r1")
         assert ledger.claim("m", "local", "r3") == "r2"
 
+    def test_who_stands_in_line_has_its_turn_in_the_order_of_coming(self, ledger: Ledger, connect: Connect) -> None:
+        assert ledger.claim("m", "local", "r1", in_line=True) == "r1"
+        for name in ("r2", "r3", "r4"):
+            assert connect().claim("m", "local", name, in_line=True) == "r1"
+        assert ledger.claim("m", "cluster", "r5", in_line=True) == "r5", "another queue"
+        ledger.release("m", "local", "r1")
+        for name in ("r4", "r3", "r6"):
+            assert connect().claim("m", "local", name, in_line=True) == "r2", "it is the turn of r2"
+        assert ledger.claim("m", "local", "r2", in_line=True) == "r2"
+        assert ledger.claim("m", "local", "r2", in_line=True) == "r2", "it holds it, and joins no queue"
+        assert ledger.claim("m", "local", "r3", in_line=True) == "r2"
+        ledger.release("m", "local", "r2")
+        ledger.release("m", "local", "r3", unbegun=True)  # it does not come
+        assert ledger.claim("m", "local", "r4", in_line=True) == "r4"
+        ledger.release("m", "local", "r4")
+        assert ledger.claim("m", "local", "r7") == "r7", "a rollback waits for nobody in line"
+        ledger.release("m", "local", "r7")
+        assert ledger.claim("m", "local", "r6", in_line=True) == "r6"
+
     def test_a_claim_that_was_thought_dead_is_not_taken_from_a_rollout_that_has_begun_meanwhile(
         self, ledger: Ledger
     ) -> None:

@@ -12,6 +12,7 @@ from policies import audit, gates
 from policies.events import LOOKED_AT, Phase, from_body
 from policies.evidence import Counts
 from policies.rollout import Rollout, step
+from policies.traffic import Route
 from policies.verdict import Verdict, worst
 from tasks.ports import Entry
 from tests.simulation.world import MODEL, Run
@@ -184,24 +185,28 @@ def _of_rest(run: Run, books: dict[str, list[Entry]]) -> Iterator[str]:
     held = run.router.held.get(MODEL)
     if held is None:
         return
-    route = held.route
+    states = [state for book in books.values() if (state := fold(book)) is not None]
+    halted = {state.candidate for state in states if state.phase is Phase.HALTED}
+    if not halted & {held.route.stable, held.route.candidate}:  # else who serves is a person's to say
+        yield from _of_who_serves(run, states, held.route)
+    if run.ledger._claims:
+        yield f"3: claims are left: {run.ledger._claims}"
+    if run.made.calm:
+        yield from _of_calm(run, books)
+
+
+def _of_who_serves(run: Run, states: list[Rollout], route: Route) -> Iterator[str]:
     if route.candidate is not None:
         yield f"3: v{route.candidate} is still a candidate: {route}"
-    states = [state for book in books.values() if (state := fold(book)) is not None]
     promoted = [state for state in states if state.phase is Phase.PROMOTED]
     last = max(promoted, key=lambda state: state.epoch).candidate if promoted else (None if run.made.first else "1")
-    halted = {state.candidate for state in states if state.phase is Phase.HALTED}  # who serves is a person's to say
-    if route.stable != last and route.stable not in halted:
+    if route.stable != last:
         yield f"3: v{route.stable} serves, the ledger's last proven version is v{last}"
     if route.stable and run.registry.aliases.get("champion") != route.stable:
         yield f"3: v{route.stable} serves, the champion is v{run.registry.aliases.get('champion')}"
     running = {version for model, version in run.target.versions if model == MODEL}
     if running != ({route.stable} - {None}):
         yield f"3: versions {sorted(running)} run, v{route.stable} serves"
-    if run.ledger._claims:
-        yield f"3: claims are left: {run.ledger._claims}"
-    if run.made.calm:
-        yield from _of_calm(run, books)
 
 
 def _of_calm(run: Run, books: dict[str, list[Entry]]) -> Iterator[str]:
