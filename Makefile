@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint simulate deaths crowd hints platform install lock clean
+.PHONY: help demo test unit lint simulate deaths outages crowd hints platform install lock clean
 
 help: ## this text
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ simulate: install ## the simulation, a million rollouts (ARGS="--rollouts N --se
 
 deaths: install ## kill -9 of each process at each step of a rollout, on a real platform (ARGS="--victims flow")
 	$(BIN)/python -m tests.e2e.deaths $(ARGS)
+
+outages: install ## controllers that stay dead or stood still, disks that are full or cannot be written, on a real platform
+	$(BIN)/pytest -q tests/e2e/outages.py $(ARGS)
 
 crowd: install ## 20 models delivered at once on a real platform, twice (ARGS="--models 4")
 	$(BIN)/python -W ignore -m tests.e2e.crowd $(ARGS)

@@ -11,6 +11,7 @@ FILE.struck then says when, and whom it met.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -98,6 +99,7 @@ def deliver(job: dict[str, Any]) -> NoReturn:
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):
         os.dup2(log, stream)
+    faulthandler.dump_traceback_later(60.0)  # into the log: where it hangs, if it does
     code = 70
     try:
         if job.get("at"):

@@ -8,7 +8,9 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,8 +42,38 @@ def _as_user(folder: Path) -> dict[str, object]:
 
 
 @contextlib.contextmanager
+def immortal(bin_folder: Path) -> Iterator[str]:
+    """As `postgresql`, with a server that is started again whenever it has ended."""
+    over = threading.Event()
+
+    def revive(start: Callable[[], bool]) -> None:
+        while not over.wait(0.2):
+            start()
+
+    with _server(bin_folder, fsync=True) as (url, start):
+        keeper = threading.Thread(target=revive, args=(start,))
+        keeper.start()
+        try:
+            yield url
+        finally:
+            over.set()
+            keeper.join()
+            until = time.monotonic() + 60
+            while not start():
+                assert time.monotonic() < until, "PostgreSQL does not start again"
+                time.sleep(0.2)
+
+
+@contextlib.contextmanager
 def postgresql(bin_folder: Path, fsync: bool = False) -> Iterator[str]:
     """The URL of a server's superuser in its database `postgres`; the server and its data are gone afterwards."""
+    with _server(bin_folder, fsync) as (url, _start):
+        yield url
+
+
+@contextlib.contextmanager
+def _server(bin_folder: Path, fsync: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """The server's URL, and what starts it unless it runs, and says whether it does."""
     # Not in pytest's folder: only its owner may enter that, and a socket's path may have 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="lockgate-pg-"))
     user = _as_user(folder)
@@ -65,8 +97,17 @@ def postgresql(bin_folder: Path, fsync: bool = False) -> Iterator[str]:
         options = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -c fsync={'on' if fsync else 'off'}"
         start = [*control, "-l", folder / "log", "-o", options, "start"]
         subprocess.run(start, check=True, **quiet, **user)  # type: ignore[call-overload]
+
+        def started() -> bool:
+            status = subprocess.run([*control, "status"], check=False, **quiet, **user)  # type: ignore[call-overload]
+            if status.returncode == 0:
+                return True
+            # It refuses until the last process of the killed one has seen that, and ended: tried again.
+            done = subprocess.run(start, check=False, **quiet, **user)  # type: ignore[call-overload]
+            return bool(done.returncode == 0)
+
         try:
-            yield f"postgresql://owner@/postgres?host={folder}"
+            yield f"postgresql://owner@/postgres?host={folder}", started
         finally:
             stop = [*control, "-m", "immediate", "stop"]
             subprocess.run(stop, check=True, **quiet, **user)  # type: ignore[call-overload]
