@@ -25,7 +25,7 @@ from flows.rollout import Controller, Observer, Superseded, abort, over
 from flows.settings import Settings
 from flows.story import fold, story_of
 from flows.triggers import REGISTRY
-from flows.wiring import connect
+from flows.wiring import connect, links
 from policies.events import Requested, to_body
 from policies.policy import Policy, PolicyError, Trigger, parse
 from policies.rollout import OUTCOMES, Rollout, terms
@@ -135,8 +135,8 @@ def deliver(
     Raises BadInput for what cannot be delivered at all (nothing has been changed then), PortError where a part of
     the platform cannot be reached.
     """
-    publisher = Publisher(flow_run_id(), target)
     ports = connect()
+    publisher = Publisher(flow_run_id(), target, ports.ledger, links)
     asked = str(version) if by == REGISTRY and version is not None else None
     alias: str | None = Trigger().name
     try:
@@ -144,6 +144,8 @@ def deliver(
         request = requested(Settings().shelf, model, version, policy, source, files, **told)
         alias = parse(request.policy).trigger.alias
         outcome = deliver_with(ports, request, [publisher, _log_moves()])
+        if outcome.report is not None:
+            publisher.link("report with plots", outcome.report)
         if asked is not None:  # another version may have had these bytes before
             _settle(ports, model, asked, alias, outcome.outcome, outcome.reason)
         return asdict(outcome)

@@ -1,33 +1,38 @@
-"""What a person sees of a rollout in the Prefect UI: the run's name, a progress bar, a table at each look.
+"""What a person sees of a rollout in the Prefect UI: its run's name, a progress bar, a page, a table of its stages.
 
-Publishing happens beside the rollout, in a thread of its own: a slow or absent Prefect server delays no decision.
-What could not be published is counted and said once at the end.
+Publishing happens beside the rollout, in a thread of its own: a slow or absent Prefect server delays no decision. Only
+how things stand now is published; what could not be is said once at the end.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import queue
 import re
 import threading
-import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.exceptions import PrefectHTTPStatusError
 
+from flows.page import Seen, Shown, page, stages, title
 from flows.rollout import Progress
-from flows.story import share_done
-from policies.events import Looked
+from flows.story import run_of, share_done, target_of
 from policies.verdict import GateReport
+from tasks.ports import Ledger, PortError
 
 _EVERY_S = 2.0
-_QUEUE = 200
+_TIMEOUT_S = 10.0
 log = logging.getLogger("lockgate.publish")
+
+Links = Callable[[str, str], Mapping[str, str]]  # of a model and its version
 
 
 def rows(reports: tuple[GateReport, ...]) -> list[dict[str, Any]]:
@@ -52,87 +57,154 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def artifact_key(*parts: str) -> str:
-    """Prefect's keys hold lower-case letters, digits and dashes only."""
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+def artifact_key(model: str, what: str) -> str:
+    """The key of the model's artifact: no other model has it.
+
+    Prefect's keys hold lower-case letters, digits and dashes only. A name that has others is told apart by its hash.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+    if slug != model:
+        slug = f"{slug}-{hashlib.sha256(model.encode()).hexdigest()[:8]}".strip("-")
+    return f"{slug}-{what}"
 
 
 class Publisher:
     """An observer of one rollout that writes to the Prefect API; `close` when the rollout has ended."""
 
-    def __init__(self, flow_run: UUID | None, target: str) -> None:
-        self.flow_run = flow_run
-        self.target = target
-        self.failures = 0
-        self._queue: queue.Queue[Progress | None] = queue.Queue(_QUEUE)
-        self._progress_artifact: UUID | None = None
-        self._name = ""
-        self._published_at = 0.0
+    def __init__(
+        self,
+        flow_run: UUID | None,
+        target: str,
+        ledger: Ledger | None = None,
+        links: Links = lambda _model, _version: {},
+        then: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`then` is called after each move that was published, in the publisher's thread."""
+        self.flow_run, self.target, self.ledger, self.links, self.then = flow_run, target, ledger, links, then
+        self._newest: Progress | None = None
+        self._look: Progress | None = None
+        self._more: dict[str, str] = {}
+        self._published: Progress | None = None
+        self._name, self._moved_by = "", 0
+        self._artifacts: dict[str, UUID] = {}
+        self._problem = ""
+        self._due, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="publish", daemon=True)
         self._thread.start()
 
     def __call__(self, progress: Progress) -> None:
-        """Never waits: with the queue full, this one is not published."""
-        try:
-            self._queue.put_nowait(progress)
-        except queue.Full:
-            self.failures += 1
+        """Never waits."""
+        if progress.reports:
+            self._look = progress
+        moved = self._newest is None or progress.state.label != self._newest.state.label
+        self._newest = progress
+        if moved:
+            self._due.set()
+
+    def link(self, name: str, to: str) -> None:
+        """The page has this link, too."""
+        self._more[name] = to
+        self._published = None
 
     def close(self, wait_s: float = 5.0) -> None:
-        """Publishes what is left, for at most `wait_s` seconds."""
-        try:
-            self._queue.put_nowait(None)
-        except queue.Full:
-            self.failures += 1
+        """Publishes how it stands at the end, for at most `wait_s` seconds."""
+        self._closing.set()
+        self._due.set()
         self._thread.join(wait_s)
-        if self.failures:
-            log.warning("%d updates did not reach the Prefect server; the ledger has them all", self.failures)
+        if self._problem:
+            log.warning("the Prefect server was not told all; the ledger has it: %s", self._problem)
 
     def _work(self) -> None:
-        with get_client(sync_client=True) as client:
-            while (progress := self._queue.get()) is not None:
+        with get_client(sync_client=True, httpx_settings={"timeout": _TIMEOUT_S}) as client:
+            last = False
+            while not last:
+                self._due.wait(_EVERY_S)
+                self._due.clear()
+                last, newest = self._closing.is_set(), self._newest
+                if newest is None or newest is self._published:
+                    continue
+                self._published = newest
                 try:
-                    self._publish(client, progress)
-                except (httpx.HTTPError, PrefectHTTPStatusError) as exc:
-                    self.failures += 1
-                    log.debug("not published: %s", exc)
+                    self._publish(client, newest)
+                    self._problem = ""
+                except (httpx.HTTPError, PrefectHTTPStatusError, PortError) as exc:
+                    self._published = None  # it is tried again, with whatever is newest then
+                    self._problem = str(exc)
 
     def _publish(self, client: SyncPrefectClient, progress: Progress) -> None:
         state = progress.state
-        name = f"{state.model} v{state.candidate} → {self.target}: {state.label}"
+        name = title(state, self.target)
         if name != self._name and self.flow_run is not None:
             client.set_flow_run_name(self.flow_run, name)
             self._name = name
-            self._bar(client, progress)
-        decided = not state.in_force  # this look moved the rollout on: the one that people will ask about
-        if isinstance(progress.event, Looked) and (decided or time.monotonic() - self._published_at >= _EVERY_S):
-            self._published_at = time.monotonic()
-            self._table(client, progress)
-
-    def _bar(self, client: SyncPrefectClient, progress: Progress) -> None:
-        state = progress.state
-        if self._progress_artifact is not None:
-            client.update_artifact(self._progress_artifact, ArtifactUpdate(data=share_done(state)))
+        self._show(
+            client,
+            state.model,
+            "rollout",
+            "markdown",
+            page(self._shown(progress)),
+            "How it stands; rewritten at each look.",
+        )
+        if state.moved_by == self._moved_by:
             return
-        made = client.create_artifact(
-            ArtifactCreate(
-                type="progress",
-                key=artifact_key(state.model, "progress"),
-                description=f"Rollout of {state.model} v{state.candidate}",
-                data=share_done(state),
-                flow_run_id=self.flow_run,
+        self._show(client, state.model, "progress", "progress", share_done(state), name)
+        if self.ledger is not None:
+            table = json.dumps(stages(self.ledger.read(progress.rollout)))
+            self._show(
+                client, state.model, "stages", "table", table, f"{state.model} v{state.candidate}, stage by stage"
             )
-        )
-        self._progress_artifact = made.id
+        self.then()
+        self._moved_by = state.moved_by
 
-    def _table(self, client: SyncPrefectClient, progress: Progress) -> None:
-        state = progress.state
-        client.create_artifact(
-            ArtifactCreate(
-                type="table",
-                key=artifact_key(state.model, "gates"),
-                description=f"{state.model} v{state.candidate}, {state.label}: **{state.verdict}**",
-                data=json.dumps(rows(progress.reports)),
-                flow_run_id=self.flow_run,
+    def _shown(self, progress: Progress) -> Shown:
+        state, look = progress.state, self._look
+        links = {**self.links(state.model, state.candidate), **self._more}
+        shown = Shown(progress.rollout, state, self.target, progress.event.at, links=links)
+        if look is None:
+            return shown
+        seen = Seen(look.event.at, look.reports, look.evidence, look.nearest())
+        return replace(shown, seen=seen)
+
+    def _show(self, client: SyncPrefectClient, model: str, what: str, kind: str, data: Any, said: str) -> None:
+        """One artifact of each kind for a rollout, rewritten; also where another process has made it."""
+        key = artifact_key(model, what)
+        known = self._artifacts.get(what) or self._made_before(client, key)
+        if known is None:
+            made = client.create_artifact(
+                ArtifactCreate(type=kind, key=key, description=said, data=data, flow_run_id=self.flow_run)
             )
+            known = made.id
+        else:
+            client.update_artifact(known, ArtifactUpdate(data=data, description=said))
+        self._artifacts[what] = known
+
+    def _made_before(self, client: SyncPrefectClient, key: str) -> UUID | None:
+        """The artifact of the run that another process has made, which drove the rollout before."""
+        if self.flow_run is None:
+            return None
+        wanted = ArtifactFilter(
+            key=ArtifactFilterKey(any_=[key]), flow_run_id=ArtifactFilterFlowRunId(any_=[self.flow_run])
         )
+        found = client.read_artifacts(artifact_filter=wanted)
+        return found[0].id if found else None
+
+
+class Publishers:
+    """An observer of many rollouts, whose controllers have died: what their runs show goes on."""
+
+    def __init__(self, ledger: Ledger, links: Links) -> None:
+        self.ledger, self.links = ledger, links
+        self._of: dict[str, Publisher] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.rollout not in self._of:
+            entries = self.ledger.read(progress.rollout)
+            run = run_of(entries)
+            made = Publisher(UUID(run) if run else None, target_of(entries), self.ledger, self.links)
+            self._of[progress.rollout] = made
+        self._of[progress.rollout](progress)
+
+    def close(self) -> None:
+        """All that was observed is published, or was tried to be."""
+        while self._of:
+            self._of.popitem()[1].close()

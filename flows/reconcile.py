@@ -19,13 +19,15 @@ from typing import Any, NoReturn
 from prefect import flow
 
 from flows.checks import Preparation, run_checks
+from flows.crier import Crier
 from flows.deliver import BEGIN_S, Delivery, directly, in_prefect, is_dead, request_submission, whoami
+from flows.publish import Publishers
 from flows.rollback import proven_before
 from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abort, over
 from flows.runs import cancelled, look_at_registry
 from flows.settings import Settings
-from flows.story import fold, policy_of
-from flows.wiring import connect
+from flows.story import fold, policy_of, target_of
+from flows.wiring import connect, herald, links
 from policies.events import Phase
 from policies.policy import Policy
 from policies.rollout import Rollout, due
@@ -64,12 +66,18 @@ def reconcile(at_once: bool = False) -> dict[str, Any]:
     ports = connect()
 
     checks_of = partial(_checks, ports, in_prefect)
-    done = reconcile_with(ports, whoami(), in_prefect, checks_of, at_once, cancelled=cancelled)
+    shown = Publishers(ports.ledger, links)
+    done = reconcile_with(ports, whoami(), in_prefect, checks_of, at_once, observe=shown, cancelled=cancelled)
+    shown.close()
     try:
         asked = look_at_registry(Settings())
         done.started, done.left = asked.started, done.left | asked.left
     except PortError as exc:
         done.left["registry"] = str(exc)
+    try:
+        Crier(ports.ledger, herald()).cry()
+    except PortError as exc:
+        done.left["events"] = str(exc)
     return asdict(done)
 
 
@@ -80,7 +88,9 @@ def keep_reconciling(every_s: float = _EVERY_S) -> NoReturn:
         try:
             ports = connect()
             checks_of = partial(_checks, ports, directly)
-            done = reconcile_with(ports, whoami(), directly, checks_of, at_once, cancelled=cancelled)
+            shown = Publishers(ports.ledger, links)
+            done = reconcile_with(ports, whoami(), directly, checks_of, at_once, observe=shown, cancelled=cancelled)
+            shown.close()
             at_once = False
             for line in (*(f"{name}: {label}" for name, label in done.driven.items()), *done.mended):
                 print(line, flush=True)  # noqa: T201 - this is the process's log
@@ -214,11 +224,6 @@ def _holds(ports: Ports, name: str, model: str, target: str) -> bool:
         ports.ledger.release(model, target, holder)
         return ports.ledger.claim(model, target, name) == name
     return False
-
-
-def target_of(entries: Sequence[Entry]) -> str:
-    """Where the rollout's model runs."""
-    return str(entries[0].body.get("request", {}).get("target", "local"))
 
 
 def _checks(ports: Ports, run: Runner, entries: Sequence[Entry]) -> Checks:

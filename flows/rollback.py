@@ -27,7 +27,7 @@ from flows.deliver import (
 from flows.publish import Publisher
 from flows.rollout import Controller, Runner, abort, over
 from flows.story import fold
-from flows.wiring import connect
+from flows.wiring import connect, links
 from policies.events import Phase, Requested, to_body
 from policies.rollout import Rollout
 from policies.verdict import GateReport, Verdict
@@ -46,9 +46,10 @@ def rollback(model: str, reason: str = ORDERED, by: str = "") -> dict[str, Any]:
         reason: Why; it goes on the record.
         by: Who asked for it.
     """
-    publisher = Publisher(flow_run_id(), "local")
+    ports = connect()
+    publisher = Publisher(flow_run_id(), "local", ports.ledger, links)
     try:
-        return asdict(rollback_with(connect(), model, reason, by or whoami(), publisher))
+        return asdict(rollback_with(ports, model, reason, by or whoami(), publisher))
     finally:
         publisher.close()
 
@@ -168,8 +169,9 @@ def _begin(ports: Ports, former: Rollout, entries: list[Entry], name: str, by: s
         by=by,
     )
     kind, body = to_body(event)
+    more = {"back_from": event.stable, "shown_by": str(run) if (run := flow_run_id()) else None}
     kept = {key: entries[0].body[key] for key in ("policy", "policy_digest")}
-    ports.ledger.append(name, 1, event.at, by, kind, {**body, **kept, "back_from": event.stable})
+    ports.ledger.append(name, 1, event.at, by, kind, {**body, **kept, **more})
 
 
 def proven_before(state: Rollout, _policy: Any) -> list[GateReport]:

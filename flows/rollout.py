@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import takewhile
 from typing import Any, Protocol
 
@@ -35,6 +36,7 @@ from policies.events import (
     to_body,
 )
 from policies.evidence import Evidence
+from policies.nearest import nearest
 from policies.policy import Policy
 from policies.rollout import Rollout
 from policies.traffic import Route
@@ -63,13 +65,14 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a watcher is told after each event."""
+    """What a watcher is told after each event. `nearest` says of each report what would have changed it."""
 
     rollout: str
     state: Rollout
     event: Event
     reports: tuple[GateReport, ...] = ()
     evidence: Evidence | None = None
+    nearest: Callable[[], tuple[str, ...]] = tuple
 
 
 Observer = Callable[[Progress], None]
@@ -134,6 +137,7 @@ class Controller:
         extra: Mapping[str, Any] | None = None,
         reports: tuple[GateReport, ...] = (),
         evidence: Evidence | None = None,
+        nearest: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
         """Makes the event durable, then lets the machine take it. Somebody else's entries are taken in first."""
         kind, body = to_body(event)
@@ -153,7 +157,7 @@ class Controller:
         self.state, _ = rollout.step(self.state, written)
         if self.state.moved_by != before:
             self.tries = 0
-        self.observe(Progress(self.rollout, self.state, written, reports, evidence))
+        self.observe(Progress(self.rollout, self.state, written, reports, evidence, nearest))
 
     def _catch_up(self) -> None:
         """Takes in what others wrote: a person's order is obeyed; another controller's claim ends this one."""
@@ -377,7 +381,8 @@ class Controller:
             "evidence": asdict(evidence),
         }
         event = Looked(0.0, 0, verdict, _because(verdict, reports), self._shown_hash(extra))
-        if self._try_append(event, extra=extra, reports=reports, evidence=evidence):
+        would = partial(_nearest, self.policy, number, self.gates, evidence, reports)
+        if self._try_append(event, extra=extra, reports=reports, evidence=evidence, nearest=would):
             self.gates = known  # a look that is not on the record must not weigh in a later one that is
 
     def _shown_hash(self, shown: Mapping[str, Any]) -> str:
@@ -390,6 +395,12 @@ class Controller:
         limit = rollout.due(self.state)
         if limit is not None and self.ports.clock.now() >= limit:
             self._try_append(Ticked(0.0, 0))
+
+
+def _nearest(
+    policy: Policy, stage: int, before: gates.State, evidence: Evidence, reports: tuple[GateReport, ...]
+) -> tuple[str, ...]:
+    return tuple(nearest(policy, stage, before, evidence, report) for report in reports)
 
 
 def _settle(verdict: Verdict) -> Verdict:

@@ -19,6 +19,18 @@ def policy_of(entries: Sequence[Entry]) -> Policy:
     return Policy.model_validate(entries[0].body["policy"])
 
 
+def target_of(entries: Sequence[Entry]) -> str:
+    """Where the rollout's model runs."""
+    return str(entries[0].body.get("request", {}).get("target", "local"))
+
+
+def run_of(entries: Sequence[Entry]) -> str | None:
+    """The id of the Prefect run that shows the rollout. (`flow_run` is one whose cancellation takes it back, too.)"""
+    body = entries[0].body
+    found = body.get("flow_run") or body.get("shown_by")
+    return str(found) if found else None
+
+
 _folded: dict[str, Rollout] = {}  # by the hash of the last entry taken in, which stands for all that came before it
 _FOLDED_MAX = 512
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from flows.settings import Settings
 from infra import health_local
@@ -39,7 +40,7 @@ from infra.platform_local import (
 from infra.recording_arrow import Candidate as Candidate
 from policies.traffic import Route
 from tasks.ports import BadInput, Ledger, PortError, Ports
-from tasks.ports_monitor import MonitorPorts
+from tasks.ports_monitor import Herald, MonitorPorts
 
 if TYPE_CHECKING:
     from infra.labels_arrow import LabelStore
@@ -203,6 +204,24 @@ def has_ledger(settings: Settings) -> bool:
     return bool(settings.ledger_url or settings.database) or (settings.folder / "ledger.db").exists()
 
 
+def herald() -> Herald:
+    """Who tells the Prefect server that this process has been pointed at."""
+    from infra.herald_prefect import PrefectHerald
+
+    return PrefectHerald()
+
+
+def links(model: str, version: str) -> dict[str, str]:
+    """Where people find more about the version, by name."""
+    settings = Settings()
+    addresses = located(settings)
+    mlflow = settings.mlflow_url or addresses.mlflow
+    found = {"version in MLflow": f"{mlflow}/#/models/{quote(model, safe='')}/versions/{quote(version)}"}
+    if addresses.evidently:
+        found["Evidently"] = addresses.evidently
+    return found
+
+
 def label_store(settings: Settings) -> LabelStore:
     """Where labels that come later are kept; it needs no running platform."""
     from infra.labels_arrow import LabelStore
@@ -274,7 +293,6 @@ def connect_monitor(settings: Settings | None = None) -> MonitorPorts:
 @lru_cache(maxsize=1)
 def _monitoring(settings_json: str, _platform: int) -> MonitorPorts:
     from infra.drift_evidently import EvidentlyDrift
-    from infra.herald_prefect import PrefectHerald
     from infra.monitor_evidently import EvidentlyMonitor
     from infra.windows_arrow import SampledWindows
 
@@ -284,7 +302,7 @@ def _monitoring(settings_json: str, _platform: int) -> MonitorPorts:
     return MonitorPorts(
         windows=SampledWindows(located(settings).agent_home),
         comparer=EvidentlyMonitor(drift, settings.folder / "evidently"),
-        herald=PrefectHerald(),
+        herald=herald(),
     )
 
 

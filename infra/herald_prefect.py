@@ -7,74 +7,104 @@ not answer; the server takes an event's id, and a run's idempotency key, only on
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from tasks.ports import NotThere, PortError
 
+_TOLD = "lockgate_told"  # a Prefect variable: how far the ledger's events were told is known where they are told
+_TIMEOUT_S = 15.0
 _NAMES = uuid.uuid5(uuid.NAMESPACE_DNS, "lockgate")
 
 
 class PrefectHerald:
     """`tasks.ports_monitor.Herald` on the server that Prefect's own settings name."""
 
-    def tell(self, key: str, event: str, model: str, version: str, at: float, payload: Mapping[str, object]) -> None:
-        import httpx
-        from prefect.client.orchestration import get_client
-        from prefect.exceptions import PrefectHTTPStatusError
-
+    def tell(
+        self,
+        key: str,
+        event: str,
+        model: str,
+        version: str,
+        at: float,
+        payload: Mapping[str, object],
+        rollout: str = "",
+        flow_run: str | None = None,
+    ) -> None:
+        about = {"prefect.resource.id": f"lockgate.model.{model}", "prefect.resource.name": model}
+        related = [_related("version", f"lockgate.version.{model}.{version}", f"{model} v{version}")]
+        if rollout:
+            related.append(_related("model", f"lockgate.model.{model}", model))
+            about = {
+                "prefect.resource.id": f"lockgate.rollout.{rollout}",
+                "prefect.resource.name": f"{model} v{version}",
+                "lockgate.model": model,
+            }
         body = {
             "id": str(uuid.uuid5(_NAMES, f"{key} {event}")),
             "event": event,
             "occurred": datetime.fromtimestamp(at, UTC).isoformat(),
-            "resource": {
-                "prefect.resource.id": f"lockgate.model.{model}",
-                "prefect.resource.name": model,
-                "lockgate.version": version,
-            },
-            "related": [
-                {"prefect.resource.id": f"lockgate.version.{model}.{version}", "prefect.resource.role": "version"},
-                *_flow_run(),
-            ],
+            "resource": {**about, "lockgate.version": version},
+            "related": [*related, *_flow_run(flow_run)],
             "payload": dict(payload),
         }
-        try:
-            with get_client(sync_client=True) as client:
-                client.request("POST", "/events", json=[body])
-        except (httpx.HTTPError, PrefectHTTPStatusError) as exc:
-            raise PortError(f"the event {event} did not reach the Prefect server: {exc}") from exc
+        with _server(f"the event {event} did not reach the Prefect server") as client:
+            client.request("POST", "/events", json=[body])
+
+    def told_up_to(self) -> int | None:
+        with _server("what was told cannot be read") as client:
+            found = client.read_variable_by_name(_TOLD)
+        return found.value if found is not None and isinstance(found.value, int) else None
+
+    def note_told(self, number: int) -> None:
+        from prefect.client.schemas.actions import VariableCreate, VariableUpdate
+
+        with _server("what was told cannot be noted") as client:
+            if client.read_variable_by_name(_TOLD) is None:
+                client.create_variable(VariableCreate(name=_TOLD, value=number))
+            else:
+                client.update_variable(VariableUpdate(name=_TOLD, value=number))
 
     def start(self, key: str, deployment: str, parameters: Mapping[str, object]) -> str:
-        import httpx
-        from prefect.client.orchestration import get_client
-        from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+        from prefect.exceptions import ObjectNotFound
 
-        try:
-            with get_client(sync_client=True) as client:
+        with _server(f"no run of '{deployment}' could be created") as client:
+            try:
                 found = client.read_deployment_by_name(deployment)
-                run = client.create_flow_run_from_deployment(
-                    found.id, parameters=dict(parameters), idempotency_key=str(uuid.uuid5(_NAMES, key))
-                )
-        except ObjectNotFound as exc:
-            raise NotThere(f"the Prefect server has no deployment '{deployment}'") from exc
-        except (httpx.HTTPError, PrefectHTTPStatusError) as exc:
-            raise PortError(f"no run of '{deployment}' could be created: {exc}") from exc
+            except ObjectNotFound as exc:
+                raise NotThere(f"the Prefect server has no deployment '{deployment}'") from exc
+            run = client.create_flow_run_from_deployment(
+                found.id, parameters=dict(parameters), idempotency_key=str(uuid.uuid5(_NAMES, key))
+            )
         return str(run.name)
 
 
-def _flow_run() -> list[dict[str, Any]]:
-    """The flow run that tells, if one does."""
+@contextmanager
+def _server(failed: str) -> Iterator[Any]:
+    """A client of the server; where it cannot be had or says no, PortError with what has failed."""
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError
+
+    try:
+        with get_client(sync_client=True, httpx_settings={"timeout": _TIMEOUT_S}) as client:
+            yield client
+    except (httpx.HTTPError, PrefectHTTPStatusError, ObjectAlreadyExists) as exc:
+        raise PortError(f"{failed}: {exc}") from exc
+
+
+def _related(role: str, name: str, shown: str) -> dict[str, str]:
+    return {"prefect.resource.id": name, "prefect.resource.name": shown, "prefect.resource.role": role}
+
+
+def _flow_run(known: str | None) -> list[dict[str, str]]:
+    """The flow run that it belongs to: the one that is known, else the one that tells, if one does."""
+    if known is not None:
+        return [_related("flow-run", f"prefect.flow-run.{known}", known)]
     from prefect.context import FlowRunContext
 
     context = FlowRunContext.get()
     run = context.flow_run if context else None
-    if run is None:
-        return []
-    return [
-        {
-            "prefect.resource.id": f"prefect.flow-run.{run.id}",
-            "prefect.resource.name": run.name,
-            "prefect.resource.role": "flow-run",
-        }
-    ]
+    return [_related("flow-run", f"prefect.flow-run.{run.id}", run.name)] if run is not None else []

@@ -226,6 +226,11 @@ def due(state: Rollout) -> float | None:
     return exhausted
 
 
+def earliest(state: Rollout) -> float:
+    """When the stage, or the watch, may end with a pass at the earliest (POSIX seconds)."""
+    return state.since + _length(state)
+
+
 def _silence_ends(state: Rollout) -> float:
     """How long people may take to answer. A candidate that nobody can look at does not wait for them that long."""
     assert state.question is not None

@@ -78,8 +78,25 @@ class Comparer(Protocol):
 class Herald(Protocol):
     """Tells the orchestrator's automations."""
 
-    def tell(self, key: str, event: str, model: str, version: str, at: float, payload: Mapping[str, object]) -> None:
-        """The event is on its way. The same key is the same event. Raises PortError."""
+    def tell(
+        self,
+        key: str,
+        event: str,
+        model: str,
+        version: str,
+        at: float,
+        payload: Mapping[str, object],
+        rollout: str = "",
+        flow_run: str | None = None,
+    ) -> None:
+        """The event is on its way: about the rollout if one is named, else about the model. The same key is the same
+        event. `flow_run` is the id of the run that it belongs to, by default that of the caller. Raises PortError."""
+
+    def told_up_to(self) -> int | None:
+        """The ledger's entry up to which its events were told; None if that was never noted. Raises PortError."""
+
+    def note_told(self, number: int) -> None:
+        """The ledger's events up to this entry were told. Raises PortError."""
 
     def start(self, key: str, deployment: str, parameters: Mapping[str, object]) -> str:
         """A run of the deployment, by its name; with the same key the same run. Raises NotThere for an unknown one."""

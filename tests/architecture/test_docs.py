@@ -11,6 +11,7 @@ import typer.main
 from flows.cli import app
 from flows.settings import Settings
 from policies.policy import parse, schema
+from policies.transitions import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -60,6 +61,10 @@ def test_the_readme_s_policies_are_sound() -> None:
     for block in blocks:
         lines = [line.removeprefix("   ") for line in block.splitlines()]
         parse("\n".join(lines), "README")
+
+
+def test_every_event_is_in_the_readme() -> None:
+    assert not [name for name in NAMES if f"`{name}`" not in README]
 
 
 def test_every_setting_is_in_the_readme_and_every_file_that_it_names_is_there() -> None:

@@ -73,7 +73,13 @@ def test_prefect_shows_the_run_its_progress_and_the_gates(platform: Platform, fi
     names = {run["name"] for run in httpx.post(f"{api}/flow_runs/filter", json={}).json()}
     assert "toy v2 → local: promoted" in names
     kinds = {(each["key"], each["type"]) for each in httpx.post(f"{api}/artifacts/filter", json={}).json()}
-    assert {("toy-progress", "progress"), ("toy-gates", "table"), ("toy-report", "markdown")} <= kinds
+    shown = {
+        ("toy-progress", "progress"),
+        ("toy-rollout", "markdown"),
+        ("toy-stages", "table"),
+        ("toy-report", "markdown"),
+    }
+    assert shown <= kinds
 
 
 def test_the_report_is_kept_with_the_versions_run(platform: Platform, first: Path) -> None:

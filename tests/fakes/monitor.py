@@ -77,16 +77,37 @@ class FakeHerald:
     def __init__(self) -> None:
         self.down = False
         self.told: list[tuple[str, str, str]] = []
+        self.about: list[tuple[str, str, str | None, Mapping[str, object]]] = []  # event, rollout, flow run, payload
         self.started: list[str] = []
+        self.up_to: int | None = None
         self.deployments = {"train/it"}
         self._keys: set[str] = set()
 
-    def tell(self, key: str, event: str, model: str, version: str, at: float, payload: Mapping[str, object]) -> None:
+    def tell(
+        self,
+        key: str,
+        event: str,
+        model: str,
+        version: str,
+        at: float,
+        payload: Mapping[str, object],
+        rollout: str = "",
+        flow_run: str | None = None,
+    ) -> None:
         if self.down:
             raise PortError("the orchestrator does not answer (by the test)")
         if f"{key} {event}" not in self._keys:
             self._keys.add(f"{key} {event}")
             self.told.append((event, model, version))
+            self.about.append((event, rollout, flow_run, payload))
+
+    def told_up_to(self) -> int | None:
+        return self.up_to
+
+    def note_told(self, number: int) -> None:
+        if self.down:
+            raise PortError("the orchestrator does not answer (by the test)")
+        self.up_to = number
 
     def start(self, key: str, deployment: str, parameters: Mapping[str, object]) -> str:
         if self.down:

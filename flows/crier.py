@@ -1,0 +1,123 @@
+"""Tells the Prefect server what the ledger holds: an event per transition of a rollout, in the ledger's order.
+
+Told from the ledger alone, whoever drives the rollout, so that nothing is lost with a controller and no decision waits
+for Prefect. How far it was told is kept on the server; what is told twice is the same event there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from flows.story import fold, run_of, weights
+from policies import audit
+from policies.events import KINDS, from_body
+from policies.rollout import Rollout, step
+from policies.transitions import transitions
+from tasks.ports import Ledger, PortError
+from tasks.ports_monitor import Herald
+
+_EVERY_S = 1.0
+
+
+@dataclass
+class Crier:
+    """Call `cry` again and again; it goes on where it, or another, has stopped."""
+
+    ledger: Ledger
+    herald: Herald
+    at: int | None = None  # the entry up to which all is told
+    _noted: int | None = None
+    _rollouts: dict[str, tuple[Rollout | None, str | None]] = field(default_factory=dict)  # with the flow run of each
+
+    def cry(self) -> int:
+        """Tells what is new; how many events that were. Raises PortError, and goes on from there the next time."""
+        if self.at is None:
+            self.at = self._noted = self._begin()
+        told = 0
+        for line in self.ledger.lines(self.at):
+            entry = audit.parse(line)
+            told += self._take_in(entry)
+            self.at = int(entry["number"])  # not before it is told
+        if told or self._noted is None:
+            self.herald.note_told(self.at)
+            self._noted = self.at
+        return told
+
+    def _begin(self) -> int:
+        """Where the last one stopped. Where none was, history is no news, except that of rollouts under way."""
+        head = self.ledger.head().number
+        known = self.herald.told_up_to()
+        under_way = [self.ledger.read(name) for name in self.ledger.unsettled()]
+        if known is None or known > head:
+            known = min((entries[0].number - 1 for entries in under_way if entries), default=head)
+        for entries in under_way:
+            before = [entry for entry in entries if entry.number <= known]
+            state = fold(before)
+            if state is not None:
+                self._rollouts[before[0].rollout] = (state, run_of(before))
+        return known
+
+    def _take_in(self, entry: Mapping[str, Any]) -> int:
+        """Tells what the entry made of its rollout; how many events that were."""
+        name, kind = entry["rollout"], entry["kind"]
+        if kind not in KINDS:
+            return 0
+        if name in self._rollouts:
+            before, run = self._rollouts[name]
+        else:  # it is new, or was settled when this crier began
+            entries = self.ledger.read(name)
+            before, run = fold(entries[: entry["sequence"] - 1]), run_of(entries)
+        event = from_body(kind, entry["body"], entry["at"], entry["number"])
+        after, _ = step(before, event)
+        moves = transitions(before, event, after)
+        for move in moves:
+            self._tell(entry, move, after, run)
+        self._rollouts[name] = (after, run)
+        if after.settled:
+            del self._rollouts[name]
+        return len(moves)
+
+    def _tell(self, entry: Mapping[str, Any], name: str, state: Rollout, run: str | None) -> None:
+        body = entry["body"]
+        share, copies = weights(state)
+        said = next((str(body[key]) for key in ("says", "error", "reason") if body.get(key)), state.reason)
+        payload = {
+            "rollout": entry["rollout"],
+            "stage": state.label,
+            "share": share,
+            "copies": copies,
+            "baseline": state.stable,
+            "reason": said,
+            "says": f"{state.model} v{state.candidate}: {name.replace('_', ' ')}: {said}".removesuffix(": "),
+            "by": body.get("by") or entry["actor"],
+            "entry": entry["number"],
+        }
+        self.herald.tell(
+            f"{entry['rollout']}:{entry['number']}",
+            f"lockgate.rollout.{name}",
+            state.model,
+            state.candidate,
+            entry["at"],
+            payload,
+            rollout=entry["rollout"],
+            flow_run=run,
+        )
+
+
+def keep_crying(crier: Callable[[], Crier], every_s: float = _EVERY_S) -> NoReturn:
+    """Cries as long as the process lives; prints what stands in the way, once."""
+    made: Crier | None = None
+    last = ""
+    while True:
+        try:
+            made = made or crier()
+            made.cry()
+            last = ""
+        except (PortError, ValueError) as exc:  # the latter: a ledger that does not fit, which `audit verify` tells
+            if str(exc) != last:
+                print(f"events are told later: {exc}", flush=True)  # noqa: T201 - this is the process's log
+            last = str(exc)
+        time.sleep(every_s)

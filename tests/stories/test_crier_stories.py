@@ -1,0 +1,146 @@
+"""Whatever becomes of a rollout is told to Prefect, each transition once, in the ledger's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from flows.approval import answer, asked
+from flows.crier import Crier
+from flows.rollout import order
+from policies.transitions import NAMES
+from tasks.ports import PortError
+from tests.fakes.monitor import FakeHerald
+from tests.stories.world import MODEL, POLICY, World
+
+PROMOTED = [
+    "started", "stage_entered", "stage_entered", "stage_entered", "promoting", "stage_entered", "promoted",
+]  # fmt: skip
+
+
+def told(herald: FakeHerald) -> list[str]:
+    return [event.removeprefix("lockgate.rollout.") for event, *_ in herald.told]
+
+
+def cries_along(world: World, crier: Crier) -> None:
+    """The crier looks at each tick of the clock, as long as nothing stands in its way."""
+
+    def cry() -> None:
+        try:
+            crier.cry()
+        except PortError:
+            return
+
+    world.clock.alarms.append(cry)
+
+
+def test_each_transition_is_told_with_stage_share_reason_and_the_run() -> None:
+    world, herald = World(), FakeHerald()
+    crier = Crier(world.ledger, herald)
+    crier.cry()  # it is there before the rollout, as on a platform
+    world.controller(world.request(flow_run="run-7")).drive()
+    crier.cry()
+    assert told(herald) == PROMOTED
+    assert {(rollout, run) for _, rollout, run, _ in herald.about} == {("r1", "run-7")}
+    payloads = [payload for *_, payload in herald.about]
+    assert [(p["stage"], p["share"], p["copies"]) for p in payloads[1:4]] == [
+        ("shadow 100 %", 0, 100), ("canary 20 %", 20, 0), ("canary 50 %", 50, 0),
+    ]  # fmt: skip
+    assert "every gate passed" in str(payloads[4]["reason"]) or payloads[4]["says"]
+    assert herald.up_to == world.ledger.head().number
+
+
+def test_prefect_down_loses_nothing_and_stops_nothing() -> None:
+    world, herald = World(), FakeHerald()
+    crier = Crier(world.ledger, herald)
+    crier.cry()
+    cries_along(world, crier)
+    herald.down = True
+    world.drive()
+    assert told(herald) == []
+    herald.down = False
+    crier.cry()
+    assert told(herald) == PROMOTED
+
+
+@pytest.mark.parametrize("before", range(1, 8))
+def test_a_crier_that_dies_is_followed_by_one_that_goes_on(before: int) -> None:
+    world, herald = World(), FakeHerald()
+    herald.up_to = 0
+    first = Crier(world.ledger, herald)
+    tell, count = herald.tell, 0
+
+    def dies(*args: object, **named: object) -> None:
+        nonlocal count
+        count += 1
+        tell(*args, **named)  # type: ignore[arg-type]
+        if count == before:
+            herald.tell = tell  # type: ignore[method-assign]
+            raise PortError("the answer was lost (by the test)")
+
+    herald.tell = dies  # type: ignore[method-assign, assignment]
+    world.drive()
+    with pytest.raises(PortError):
+        first.cry()
+    Crier(world.ledger, herald).cry()
+    assert told(herald) == PROMOTED
+
+
+def test_history_is_no_news_but_a_rollout_under_way_is() -> None:
+    world, herald = World(), FakeHerald()
+    world.drive("old")
+    world.request("new")
+    Crier(world.ledger, herald).cry()
+    assert [(event, rollout) for event, rollout, *_ in herald.about] == [("lockgate.rollout.started", "new")]
+
+
+def paused(world: World) -> None:
+    order(world.ports, "r1", "ann", "pause", "a look at it", "ann")
+    order(world.ports, "r1", "ann", "resume", "fine", "ann")
+
+
+def approved(world: World) -> None:
+    answer(world.ledger, world.clock, asked(world.ledger, MODEL), "ann", "approve", "fine")
+
+
+@pytest.mark.parametrize(
+    ("policy", "when", "act", "expected"),
+    [
+        (POLICY, "canary 20 %", paused, ["paused", "resumed"]),
+        (
+            POLICY + "governance: {approvals: {by: [ann], wait: 60s}}\n",
+            "canary 50 %, waiting for approval",
+            approved,
+            ["approval_asked", "approval_given"],
+        ),
+    ],
+)
+def test_what_people_do_is_told(policy: str, when: str, act: Callable[[World], None], expected: list[str]) -> None:
+    world, herald = World(policy), FakeHerald()
+    controller = world.controller(world.request())
+    done: list[bool] = []
+
+    def alarm() -> None:
+        if not done and world.seen and world.seen[-1].state.label == when:
+            done.append(True)
+            act(world)
+
+    world.clock.alarms.append(alarm)
+    controller.drive()
+    Crier(world.ledger, herald).cry()  # it was settled before anybody cried: history
+    assert told(herald) == []
+    herald.up_to = 0
+    Crier(world.ledger, herald).cry()
+    assert [name for name in told(herald) if name not in PROMOTED] == expected
+    assert set(told(herald)) <= set(NAMES)
+
+
+def test_a_rollback_is_told_with_what_the_gate_said() -> None:
+    world, herald = World().given("2", errors=0.5), FakeHerald()
+    herald.up_to = 0
+    world.drive()
+    Crier(world.ledger, herald).cry()
+    assert told(herald)[-2:] == ["rolling_back", "rolled_back"]
+    assert "errors" in str(herald.about[-2][3]["reason"])
+    assert "errors" in str(herald.about[-1][3]["says"])
