@@ -7,9 +7,9 @@ log-in, and open-source Prefect knows no people at all, so that a name given in 
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
+from flows.page import moment, text
 from flows.rollout import write
 from flows.story import evidence_of, fold, reports_in, weights
 from policies.approval import Question, shown_hash
@@ -27,6 +27,15 @@ def asked(ledger: Ledger, model: str) -> dict[str, Any]:
         if state is not None and state.question is not None:
             return shown(entries, state, state.question)
     raise NotThere(f"no rollout of '{model}' waits for approval")
+
+
+def stands(ledger: Ledger, rollout: str, number: int) -> dict[str, Any] | None:
+    """The question that the entry asked, as long as it is asked. Raises PortError."""
+    entries = ledger.read(rollout)
+    state = fold(entries)
+    if state is None or state.question is None or state.question.number != number:
+        return None
+    return shown(entries, state, state.question)
 
 
 def shown(entries: list[Entry], state: Rollout, question: Question) -> dict[str, Any]:
@@ -78,14 +87,14 @@ def lines(question: dict[str, Any]) -> list[str]:
     told = [
         f"{question['model']} v{question['version']} asks for: {question['to']} ({now})",
         f"  bytes     {question['digest']}",
-        f"  evidence  {question['evidence_hash']}  ({_clock(question['seen'])})",
+        f"  evidence  {question['evidence_hash']}  ({moment(question['seen'])})",
         f"  approvals {len(question['given'])} of {question['count']}, of {', '.join(question['by'])}"
         + (f"; given by {', '.join(question['given'])}" if question["given"] else ""),
     ]
     if question["not_by"]:
         told.append(f"  asked for by {', '.join(question['not_by'])}, who cannot approve it")
     if question["until"]:
-        told.append(f"  until     {_clock(question['until'])}; without an answer: {question['otherwise']}")
+        told.append(f"  until     {moment(question['until'])}; without an answer: {question['otherwise']}")
     if question["ordered"]:
         told.append(f"  it does not wait for the gates: {question['why']}")
     for name, arm in question["counts"].items():
@@ -94,8 +103,32 @@ def lines(question: dict[str, Any]) -> list[str]:
     return told
 
 
-def _clock(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(" ", "seconds").removesuffix("+00:00") + " UTC"
+def page(question: dict[str, Any], objection: str = "") -> str:
+    """The question as Markdown, for the form in which it is answered."""
+    now = f"v{question['version']} has {question['traffic']['candidate']} % of the traffic ({text(question['now'])})"
+    asks = f"**May {text(question['model'])} v{question['version']} go on to {text(question['to'])}?**"
+    told = [f"{asks} Now {now}; v{question['baseline'] or '-'} is what it is compared with."]
+    if objection:
+        told.insert(0, f"**The last answer was not taken: {text(objection)}.**")
+    if question["ordered"]:
+        told.append(f"It does not wait for the gates: {text(question['why'])}.")
+    seen = [f"- **{each['verdict']}** {text(each['gate'])}: {text(each['says'])}" for each in question["reports"]]
+    seen += [
+        f"- {name}: {arm['requests']:,} requests, {arm['errors']:,} errors" for name, arm in question["counts"].items()
+    ]
+    told.append("\n".join(seen))
+    given = f", given by {', '.join(question['given'])}" if question["given"] else ""
+    told.append(f"It needs {question['count']} of {text(', '.join(question['by']) + given)}.")
+    if question["not_by"]:
+        told.append(f"{text(', '.join(question['not_by']))} asked for it and cannot approve it.")
+    if question["until"]:
+        silence = {"rollback": "it goes back", "pause": "it pauses"}[question["otherwise"]]
+        told.append(f"Until {moment(question['until'])}; without an answer {silence}. To refuse takes it back at once.")
+    told.append(
+        f"Bytes `{question['digest'][:12]}`, evidence `{question['evidence_hash'][:12]}` of {moment(question['seen'])};"
+        f" in full: `lockgate approve {question['model']}`, which answers, too."
+    )
+    return "\n\n".join(told)
 
 
 def answer(
@@ -107,8 +140,9 @@ def answer(
     reason: str,
     ticket: str = "",
     via: str = "",
+    form: str = "",
 ) -> Rollout:
-    """The answer to the question as it was shown, on the ledger; the rollout's state then.
+    """The answer to the question as it was shown, on the ledger; the rollout's state then. `form` names the form.
 
     Raises `rollout.Illegal`, whose message says why it cannot be taken.
     """
@@ -117,4 +151,5 @@ def answer(
         seen = (question["digest"], question["evidence_hash"])
         return Answered(clock.now(), 0, by, answered, *seen, reason=reason, ticket=ticket)
 
-    return write(ledger, question["rollout"], f"{by}{f' ({via})' if via else ''}", event)
+    extra = {"form": form} if form else {}
+    return write(ledger, question["rollout"], f"{by}{f' ({via})' if via else ''}", event, extra)

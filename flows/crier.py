@@ -1,4 +1,5 @@
-"""Tells the Prefect server what the ledger holds: an event per transition of a rollout, in the ledger's order.
+"""Tells the Prefect server what the ledger holds: an event per transition of a rollout, in the ledger's order, and a
+form for each question that people are asked.
 
 Told from the ledger alone, whoever drives the rollout, so that nothing is lost with a controller and no decision waits
 for Prefect. How far it was told is kept on the server; what is told twice is the same event there.
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from flows.form import Forms, Wanted, wanted
 from flows.story import fold, run_of, weights
 from policies import audit
 from policies.events import KINDS, from_body
@@ -20,6 +22,7 @@ from tasks.ports import Ledger, PortError
 from tasks.ports_monitor import Herald
 
 _EVERY_S = 1.0
+_FORMS_EVERY_S = 5.0
 
 
 @dataclass
@@ -28,9 +31,12 @@ class Crier:
 
     ledger: Ledger
     herald: Herald
+    forms: Forms | None = None
     at: int | None = None  # the entry up to which all is told
     _noted: int | None = None
-    _rollouts: dict[str, tuple[Rollout | None, str | None]] = field(default_factory=dict)  # with the flow run of each
+    _rollouts: dict[str, tuple[Rollout, str | None]] = field(default_factory=dict)  # not settled; with their flow runs
+    _asked: list[Wanted] | None = None
+    _keep_at: float = 0.0
 
     def cry(self) -> int:
         """Tells what is new; how many events that were. Raises PortError, and goes on from there the next time."""
@@ -44,7 +50,15 @@ class Crier:
         if told or self._noted is None:
             self.herald.note_told(self.at)
             self._noted = self.at
+        self._keep_forms()
         return told
+
+    def _keep_forms(self) -> None:
+        """Looked at again and again: a form may be cancelled, or suspend just after its question was answered."""
+        asked = wanted({name: state for name, (state, _) in self._rollouts.items()})
+        if self.forms is not None and (asked != self._asked or time.monotonic() >= self._keep_at):
+            self.forms.keep(asked)
+            self._asked, self._keep_at = asked, time.monotonic() + _FORMS_EVERY_S
 
     def _begin(self) -> int:
         """Where the last one stopped. Where none was, history is no news, except that of rollouts under way."""
@@ -65,6 +79,7 @@ class Crier:
         name, kind = entry["rollout"], entry["kind"]
         if kind not in KINDS:
             return 0
+        before: Rollout | None
         if name in self._rollouts:
             before, run = self._rollouts[name]
         else:  # it is new, or was settled when this crier began

@@ -18,6 +18,8 @@ from prefect.context import FlowRunContext
 from pydantic import BaseModel, Field
 
 from flows.checks import Preparation, prepare, run_checks
+from flows.crier import Crier
+from flows.form import PrefectForms
 from flows.pages import Pages
 from flows.policy import find, shelf_in
 from flows.publish import Publisher, artifact_key
@@ -25,7 +27,7 @@ from flows.rollout import Controller, Observer, Superseded, abort, over
 from flows.settings import Settings
 from flows.story import fold, story_of
 from flows.triggers import REGISTRY
-from flows.wiring import connect, links
+from flows.wiring import connect, herald, links
 from policies.events import Requested, to_body
 from policies.policy import Policy, PolicyError, Trigger, parse
 from policies.rollout import OUTCOMES, Rollout, terms
@@ -136,7 +138,8 @@ def deliver(
     the platform cannot be reached.
     """
     ports = connect()
-    publisher = Publisher(flow_run_id(), target, ports.ledger, links)
+    crier = Crier(ports.ledger, herald(), PrefectForms())
+    publisher = Publisher(flow_run_id(), target, ports.ledger, links, crier.cry)
     asked = str(version) if by == REGISTRY and version is not None else None
     alias: str | None = Trigger().name
     try:

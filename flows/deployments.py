@@ -57,6 +57,11 @@ ALL = (
         "Looks at every model that serves and is due: drift, the data's contract, quality as labels come.",
         cron="7 * * * *",
     ),
+    Deployed(
+        "approval",
+        "flows.form.approval",
+        "Asks people whether a rollout may go on, where its policy says so. Starts by itself; resume a run to answer.",
+    ),
 )
 
 

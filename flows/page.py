@@ -97,8 +97,9 @@ def _how_it_stands(shown: Shown) -> str:
         given = ", ".join(who for who, _ in state.question.given)
         need = f"{asked.count} of {', '.join(asked.by)}" + (f" (given by {given})" if given else "")
         return (
-            f"**People are asked.** It needs the approval of {text(need)}: in this UI, in the run whose name ends with"
-            f" *approve?*, or with `lockgate approve {state.model}`. The gates go on looking. {_or_else(state)}"
+            f"**People are asked.** It needs the approval of {text(need)}: resume the suspended run"
+            f" *{text(state.model)} v{state.candidate}: approve …*, or say `lockgate approve {state.model}`."
+            f" The gates go on looking. {_or_else(state)}"
         )
     if state.phase not in LOOKED_AT:
         return f"**{str(state.phase).capitalize()}.** {_or_else(state)}"

@@ -28,7 +28,7 @@ from flows.story import run_of, share_done, target_of
 from policies.verdict import GateReport
 from tasks.ports import Ledger, PortError
 
-_EVERY_S = 2.0
+_EVERY_S = 4.0
 _TIMEOUT_S = 10.0
 log = logging.getLogger("lockgate.publish")
 

@@ -21,6 +21,7 @@ from prefect import flow
 from flows.checks import Preparation, run_checks
 from flows.crier import Crier
 from flows.deliver import BEGIN_S, Delivery, directly, in_prefect, is_dead, request_submission, whoami
+from flows.form import PrefectForms
 from flows.publish import Publishers
 from flows.rollback import proven_before
 from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abort, over
@@ -54,7 +55,7 @@ class Pass:
     left: dict[str, str] = field(default_factory=dict)
 
 
-@flow(name="reconcile", retries=0)
+@flow(name="reconcile", flow_run_name="reconcile", retries=0)
 def reconcile(at_once: bool = False) -> dict[str, Any]:
     """One pass over the platform.
 
@@ -75,9 +76,9 @@ def reconcile(at_once: bool = False) -> dict[str, Any]:
     except PortError as exc:
         done.left["registry"] = str(exc)
     try:
-        Crier(ports.ledger, herald()).cry()
+        Crier(ports.ledger, herald(), PrefectForms()).cry()
     except PortError as exc:
-        done.left["events"] = str(exc)
+        done.left["events and forms"] = str(exc)
     return asdict(done)
 
 

@@ -9,8 +9,12 @@ from flows.wiring import configure, herald, ledger
 if __name__ == "__main__":
     configure()  # before Prefect is imported: else it would ask a server of its own
     from flows.crier import Crier, keep_crying
+    from flows.form import PrefectForms
     from flows.reconcile import keep_reconciling
     from flows.settings import Settings
 
-    Thread(target=keep_crying, args=[lambda: Crier(ledger(Settings()), herald())], name="crier", daemon=True).start()
+    def crier() -> Crier:
+        return Crier(ledger(Settings()), herald(), PrefectForms())
+
+    Thread(target=keep_crying, args=[crier], name="crier", daemon=True).start()
     keep_reconciling()

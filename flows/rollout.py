@@ -430,7 +430,9 @@ def order(ports: Ports, name: str, who: str, what: str, reason: str, by: str = "
     return write(ports.ledger, name, who, lambda: Ordered(ports.clock.now(), 0, what, reason, by))
 
 
-def write(ledger: Ledger, name: str, who: str, event_now: Callable[[], Event]) -> Rollout:
+def write(
+    ledger: Ledger, name: str, who: str, event_now: Callable[[], Event], extra: Mapping[str, Any] | None = None
+) -> Rollout:
     """Writes what somebody beside the controller has to say; the rollout's state after it.
 
     Raises `rollout.Illegal` where it makes no sense, and ValueError for an unknown rollout.
@@ -444,7 +446,7 @@ def write(ledger: Ledger, name: str, who: str, event_now: Callable[[], Event]) -
         after, _ = rollout.step(state, event)
         kind, body = to_body(event)
         try:
-            ledger.append(name, entries[-1].sequence + 1, event.at, who, kind, body)
+            ledger.append(name, entries[-1].sequence + 1, event.at, who, kind, {**body, **(extra or {})})
         except Refused:
             continue  # the controller wrote at the same moment: read again
         return after

@@ -28,8 +28,8 @@ class PrefectRuns:
 
         mine = FlowRunFilter(tags=FlowRunFilterTags(all_=[_tag(wish)]))
         found: list[Any] = []
-        with _client() as client:
-            while page := client.read_flow_runs(
+        with client() as server:
+            while page := server.read_flow_runs(
                 flow_run_filter=mine, sort=FlowRunSort.ID_DESC, limit=_PAGE, offset=len(found)
             ):
                 found += page
@@ -38,13 +38,13 @@ class PrefectRuns:
     def start(self, wish: Wish, number: int) -> None:
         from prefect.exceptions import ObjectNotFound
 
-        with _client() as client:
+        with client() as server:
             try:
-                deployment = client.read_deployment_by_name("deliver/deliver")
+                deployment = server.read_deployment_by_name("deliver/deliver")
             except ObjectNotFound as exc:
                 missing = "the Prefect server has no deployment deliver/deliver yet; the worker brings it"
                 raise PortError(missing) from exc
-            client.create_flow_run_from_deployment(
+            server.create_flow_run_from_deployment(
                 deployment.id,
                 parameters={
                     "model": wish.model,
@@ -76,8 +76,8 @@ def cancelled(runs: Collection[str]) -> set[str]:
     if not runs:
         return set()
     states = FlowRunFilterState(type=Types(any_=[StateType.CANCELLING, StateType.CANCELLED]))
-    with _client() as client:
-        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[*runs]), state=states))
+    with client() as server:
+        found = server.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[*runs]), state=states))
     return {str(each.id) for each in found}
 
 
@@ -95,20 +95,20 @@ def end_dead() -> list[str]:
 
     ended = []
     under_way = FlowRunFilterState(type=Types(any_=[StateType.RUNNING, StateType.CANCELLING]))
-    with _client() as client:
-        for each in client.read_flow_runs(
+    with client() as server:
+        for each in server.read_flow_runs(
             flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[POOL]), state=under_way)
         ):
             pid = each.infrastructure_pid
             if pid is None or not pid.isdecimal() or psutil.pid_exists(int(pid)):
                 continue
             with suppress(ObjectNotFound):  # somebody has deleted it meanwhile
-                state = client.read_flow_run(each.id).state  # it may have ended, and said so, since it was listed
+                state = server.read_flow_run(each.id).state  # it may have ended, and said so, since it was listed
                 if state is None or state.is_final():
                     continue
                 why = "its process is gone; the ledger says what became of the rollout"
                 after: State[Any] = Cancelled(message=why) if state.is_cancelling() else Crashed(message=why)
-                client.set_flow_run_state(each.id, after, force=True)
+                server.set_flow_run_state(each.id, after, force=True)
                 ended.append(each.name)
     return ended
 
@@ -124,7 +124,7 @@ def _run(found: Any) -> Run:
 
 
 @contextmanager
-def _client() -> Iterator[Any]:
+def client() -> Iterator[Any]:
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError

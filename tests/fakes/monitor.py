@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from policies.evidence import ColumnDrift, Drift, Sums
 from tasks.ports import Bundle, ModelVersion, NotThere, PortError
@@ -118,3 +119,18 @@ class FakeHerald:
             self._keys.add(f"{key} start")
             self.started.append(deployment)
         return "run"
+
+
+class FakeForms:
+    """`flows.form.Forms` as a list of the keys that are open, and of all that ever were."""
+
+    def __init__(self) -> None:
+        self.down = False
+        self.open: list[str] = []
+        self.opened: list[str] = []
+
+    def keep(self, wanted: Sequence[Any]) -> None:
+        if self.down:
+            raise PortError("the orchestrator does not answer (by the test)")
+        self.opened += [each.name for each in wanted if each.key not in self.open]
+        self.open = [each.key for each in wanted]

@@ -6,14 +6,18 @@ from collections.abc import Callable
 
 import pytest
 
-from flows.approval import answer, asked
+from flows.approval import answer, asked, stands
 from flows.crier import Crier
+from flows.form import form, take
 from flows.rollout import order
+from flows.story import fold
+from policies.events import Phase
 from policies.transitions import NAMES
 from tasks.ports import PortError
-from tests.fakes.monitor import FakeHerald
+from tests.fakes.monitor import FakeForms, FakeHerald
 from tests.stories.world import MODEL, POLICY, World
 
+ASKS = "governance: {approvals: {by: [ann], wait: 60s}}\n"
 PROMOTED = [
     "started", "stage_entered", "stage_entered", "stage_entered", "promoting", "stage_entered", "promoted",
 ]  # fmt: skip
@@ -109,7 +113,7 @@ def approved(world: World) -> None:
     [
         (POLICY, "canary 20 %", paused, ["paused", "resumed"]),
         (
-            POLICY + "governance: {approvals: {by: [ann], wait: 60s}}\n",
+            POLICY + ASKS,
             "canary 50 %, waiting for approval",
             approved,
             ["approval_asked", "approval_given"],
@@ -144,3 +148,61 @@ def test_a_rollback_is_told_with_what_the_gate_said() -> None:
     assert told(herald)[-2:] == ["rolling_back", "rolled_back"]
     assert "errors" in str(herald.about[-2][3]["reason"])
     assert "errors" in str(herald.about[-1][3]["says"])
+
+
+def test_who_is_asked_finds_one_form_and_an_answer_from_elsewhere_closes_it() -> None:
+    world, herald, forms = World(POLICY + ASKS), FakeHerald(), FakeForms()
+    crier = Crier(world.ledger, herald, forms)
+    crier.cry()
+    cries_along(world, crier)
+    controller = world.controller(world.request())
+    at_answer: list[list[str]] = []
+
+    def alarm() -> None:
+        state = fold(world.ledger.read("r1"))
+        if not at_answer and state is not None and state.question is not None and forms.open:
+            at_answer.append(list(forms.open))
+            approved(world)
+
+    world.clock.alarms.append(alarm)
+    controller.drive()
+    crier.cry()
+    assert len(at_answer[0]) == 1
+    assert forms.opened == ["m v2: approve the promotion?"]
+    assert forms.open == []
+
+
+def test_the_form_s_answer_is_that_of_the_command_and_counts_once() -> None:
+    world = World(POLICY + "governance: {approvals: {by: [ann, ben], count: 2, wait: 60s}}\n")
+    controller = world.controller(world.request())
+    said: list[str] = []
+
+    def alarm() -> None:
+        state = fold(world.ledger.read("r1"))
+        if said or state is None or state.question is None:
+            return
+        question = stands(world.ledger, "r1", state.question.number)
+        assert question is not None
+        assert stands(world.ledger, "r1", state.question.number + 1) is None
+        fields = form(question, "no such name")
+        schema = fields.model_json_schema()["properties"]
+        assert schema["by"]["enum"] == ["ann", "ben"]
+        assert all(field.get("description") for field in schema.values())
+        assert "May m v2 go on to promotion?" in fields._description
+        assert "no such name" in fields._description
+
+        def answers(by: str, key: str, answer: str = "approve") -> str:
+            made = fields(answer=answer, by=by, reason="seen", ticket="CHG-42")
+            return take(world.ledger, world.clock, question, made, key)
+
+        said.extend([answers("eve", "f/1"), answers("ann", "f/2"), answers("ann", "f/2"), answers("ben", "f/3")])
+
+    world.clock.alarms.append(alarm)
+    assert controller.drive().phase is Phase.PROMOTED
+    assert "does not name 'eve'" in said[0]
+    assert said[1:] == ["", "", ""]
+    written = [entry for entry in world.ledger.entries if entry.kind == "answered"]
+    assert [(entry.body["by"], entry.body["ticket"], entry.actor) for entry in written] == [
+        ("ann", "CHG-42", "ann (Prefect form)"),
+        ("ben", "CHG-42", "ben (Prefect form)"),
+    ]
