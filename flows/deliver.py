@@ -18,11 +18,11 @@ from prefect.context import FlowRunContext
 from pydantic import BaseModel, Field
 
 from flows.checks import Preparation, prepare, run_checks
-from flows.crier import Crier
 from flows.form import PrefectForms
 from flows.pages import Pages
 from flows.policy import find, shelf_in
 from flows.publish import Publisher, artifact_key
+from flows.relay import Relay
 from flows.rollout import Controller, Observer, Superseded, abort, over
 from flows.settings import Settings
 from flows.story import fold, story_of
@@ -138,8 +138,8 @@ def deliver(
     the platform cannot be reached.
     """
     ports = connect()
-    crier = Crier(ports.ledger, herald(), PrefectForms())
-    publisher = Publisher(flow_run_id(), target, ports.ledger, links, crier.cry)
+    relay = Relay(ports.ledger, herald(), PrefectForms())
+    publisher = Publisher(flow_run_id(), target, ports.ledger, links, relay.pass_on)
     asked = str(version) if by == REGISTRY and version is not None else None
     alias: str | None = Trigger().name
     try:

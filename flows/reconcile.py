@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 from prefect import flow
 
 from flows.checks import Preparation, run_checks
-from flows.crier import Crier
 from flows.deliver import BEGIN_S, Delivery, directly, in_prefect, is_dead, request_submission, whoami
 from flows.form import PrefectForms
 from flows.publish import Publishers
+from flows.relay import Relay
 from flows.rollback import proven_before
 from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abort, over
 from flows.runs import cancelled, look_at_registry
@@ -76,7 +76,7 @@ def reconcile(at_once: bool = False) -> dict[str, Any]:
     except PortError as exc:
         done.left["registry"] = str(exc)
     try:
-        Crier(ports.ledger, herald(), PrefectForms()).cry()
+        Relay(ports.ledger, herald(), PrefectForms()).pass_on()
     except PortError as exc:
         done.left["events and forms"] = str(exc)
     return asdict(done)

@@ -1,4 +1,4 @@
-"""The platform's reconciler: one pass after the other, from when the platform is up; beside it, the crier."""
+"""The platform's reconciler: one pass after the other, from when the platform is up; beside it, the relay."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from flows.wiring import configure, herald, ledger
 
 if __name__ == "__main__":
     configure()  # before Prefect is imported: else it would ask a server of its own
-    from flows.crier import Crier, keep_crying
     from flows.form import PrefectForms
     from flows.reconcile import keep_reconciling
+    from flows.relay import Relay, keep_relaying
     from flows.settings import Settings
 
-    def crier() -> Crier:
-        return Crier(ledger(Settings()), herald(), PrefectForms())
+    def relay() -> Relay:
+        return Relay(ledger(Settings()), herald(), PrefectForms())
 
-    Thread(target=keep_crying, args=[crier], name="crier", daemon=True).start()
+    Thread(target=keep_relaying, args=[relay], name="relay", daemon=True).start()
     keep_reconciling()

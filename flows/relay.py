@@ -26,8 +26,8 @@ _FORMS_EVERY_S = 5.0
 
 
 @dataclass
-class Crier:
-    """Call `cry` again and again; it goes on where it, or another, has stopped."""
+class Relay:
+    """Call `pass_on` again and again; it goes on where it, or another, has stopped."""
 
     ledger: Ledger
     herald: Herald
@@ -38,7 +38,7 @@ class Crier:
     _asked: list[Wanted] | None = None
     _keep_at: float = 0.0
 
-    def cry(self) -> int:
+    def pass_on(self) -> int:
         """Tells what is new; how many events that were. Raises PortError, and goes on from there the next time."""
         if self.at is None:
             self.at = self._noted = self._begin()
@@ -82,7 +82,7 @@ class Crier:
         before: Rollout | None
         if name in self._rollouts:
             before, run = self._rollouts[name]
-        else:  # it is new, or was settled when this crier began
+        else:  # it is new, or was settled when this relay began
             entries = self.ledger.read(name)
             before, run = fold(entries[: entry["sequence"] - 1]), run_of(entries)
         event = from_body(kind, entry["body"], entry["at"], entry["number"])
@@ -122,14 +122,14 @@ class Crier:
         )
 
 
-def keep_crying(crier: Callable[[], Crier], every_s: float = _EVERY_S) -> NoReturn:
-    """Cries as long as the process lives; prints what stands in the way, once."""
-    made: Crier | None = None
+def keep_relaying(relay: Callable[[], Relay], every_s: float = _EVERY_S) -> NoReturn:
+    """Passes on as long as the process lives; prints what stands in the way, once."""
+    made: Relay | None = None
     last = ""
     while True:
         try:
-            made = made or crier()
-            made.cry()
+            made = made or relay()
+            made.pass_on()
             last = ""
         except (PortError, ValueError) as exc:  # the latter: a ledger that does not fit, which `audit verify` tells
             if str(exc) != last:

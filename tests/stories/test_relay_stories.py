@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from flows.approval import answer, asked, stands
-from flows.crier import Crier
 from flows.form import form, take
+from flows.relay import Relay
 from flows.rollout import order
 from flows.story import fold
 from policies.events import Phase
@@ -27,24 +27,24 @@ def told(herald: FakeHerald) -> list[str]:
     return [event.removeprefix("lockgate.rollout.") for event, *_ in herald.told]
 
 
-def cries_along(world: World, crier: Crier) -> None:
-    """The crier looks at each tick of the clock, as long as nothing stands in its way."""
+def relays_along(world: World, relay: Relay) -> None:
+    """The relay looks at each tick of the clock, as long as nothing stands in its way."""
 
-    def cry() -> None:
+    def pass_on() -> None:
         try:
-            crier.cry()
+            relay.pass_on()
         except PortError:
             return
 
-    world.clock.alarms.append(cry)
+    world.clock.alarms.append(pass_on)
 
 
 def test_each_transition_is_told_with_stage_share_reason_and_the_run() -> None:
     world, herald = World(), FakeHerald()
-    crier = Crier(world.ledger, herald)
-    crier.cry()  # it is there before the rollout, as on a platform
+    relay = Relay(world.ledger, herald)
+    relay.pass_on()  # it is there before the rollout, as on a platform
     world.controller(world.request(flow_run="run-7")).drive()
-    crier.cry()
+    relay.pass_on()
     assert told(herald) == PROMOTED
     assert {(rollout, run) for _, rollout, run, _ in herald.about} == {("r1", "run-7")}
     payloads = [payload for *_, payload in herald.about]
@@ -57,22 +57,22 @@ def test_each_transition_is_told_with_stage_share_reason_and_the_run() -> None:
 
 def test_prefect_down_loses_nothing_and_stops_nothing() -> None:
     world, herald = World(), FakeHerald()
-    crier = Crier(world.ledger, herald)
-    crier.cry()
-    cries_along(world, crier)
+    relay = Relay(world.ledger, herald)
+    relay.pass_on()
+    relays_along(world, relay)
     herald.down = True
     world.drive()
     assert told(herald) == []
     herald.down = False
-    crier.cry()
+    relay.pass_on()
     assert told(herald) == PROMOTED
 
 
 @pytest.mark.parametrize("before", range(1, 8))
-def test_a_crier_that_dies_is_followed_by_one_that_goes_on(before: int) -> None:
+def test_a_relay_that_dies_is_followed_by_one_that_goes_on(before: int) -> None:
     world, herald = World(), FakeHerald()
     herald.up_to = 0
-    first = Crier(world.ledger, herald)
+    first = Relay(world.ledger, herald)
     tell, count = herald.tell, 0
 
     def dies(*args: object, **named: object) -> None:
@@ -86,8 +86,8 @@ def test_a_crier_that_dies_is_followed_by_one_that_goes_on(before: int) -> None:
     herald.tell = dies  # type: ignore[method-assign, assignment]
     world.drive()
     with pytest.raises(PortError):
-        first.cry()
-    Crier(world.ledger, herald).cry()
+        first.pass_on()
+    Relay(world.ledger, herald).pass_on()
     assert told(herald) == PROMOTED
 
 
@@ -95,7 +95,7 @@ def test_history_is_no_news_but_a_rollout_under_way_is() -> None:
     world, herald = World(), FakeHerald()
     world.drive("old")
     world.request("new")
-    Crier(world.ledger, herald).cry()
+    Relay(world.ledger, herald).pass_on()
     assert [(event, rollout) for event, rollout, *_ in herald.about] == [("lockgate.rollout.started", "new")]
 
 
@@ -132,10 +132,10 @@ def test_what_people_do_is_told(policy: str, when: str, act: Callable[[World], N
 
     world.clock.alarms.append(alarm)
     controller.drive()
-    Crier(world.ledger, herald).cry()  # it was settled before anybody cried: history
+    Relay(world.ledger, herald).pass_on()  # it was settled before anybody passed it on: history
     assert told(herald) == []
     herald.up_to = 0
-    Crier(world.ledger, herald).cry()
+    Relay(world.ledger, herald).pass_on()
     assert [name for name in told(herald) if name not in PROMOTED] == expected
     assert set(told(herald)) <= set(NAMES)
 
@@ -144,7 +144,7 @@ def test_a_rollback_is_told_with_what_the_gate_said() -> None:
     world, herald = World().given("2", errors=0.5), FakeHerald()
     herald.up_to = 0
     world.drive()
-    Crier(world.ledger, herald).cry()
+    Relay(world.ledger, herald).pass_on()
     assert told(herald)[-2:] == ["rolling_back", "rolled_back"]
     assert "errors" in str(herald.about[-2][3]["reason"])
     assert "errors" in str(herald.about[-1][3]["says"])
@@ -152,9 +152,9 @@ def test_a_rollback_is_told_with_what_the_gate_said() -> None:
 
 def test_who_is_asked_finds_one_form_and_an_answer_from_elsewhere_closes_it() -> None:
     world, herald, forms = World(POLICY + ASKS), FakeHerald(), FakeForms()
-    crier = Crier(world.ledger, herald, forms)
-    crier.cry()
-    cries_along(world, crier)
+    relay = Relay(world.ledger, herald, forms)
+    relay.pass_on()
+    relays_along(world, relay)
     controller = world.controller(world.request())
     at_answer: list[list[str]] = []
 
@@ -166,7 +166,7 @@ def test_who_is_asked_finds_one_form_and_an_answer_from_elsewhere_closes_it() ->
 
     world.clock.alarms.append(alarm)
     controller.drive()
-    crier.cry()
+    relay.pass_on()
     assert len(at_answer[0]) == 1
     assert forms.opened == ["m v2: approve the promotion?"]
     assert forms.open == []
