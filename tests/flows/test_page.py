@@ -59,7 +59,7 @@ def test_people_who_are_asked_and_a_pause_are_told_first() -> None:
     asked = next(text for text in pages(world) if "waiting for approval" in text.splitlines()[0])
     assert "**People are asked.** It needs the approval of 2 of ann, ben" in asked
     assert "Without an answer by" in asked
-    world = World()
+    world = World(POLICY + "  pause_max: 30s\n")
     controller = world.controller(world.request())
 
     def alarm() -> None:
