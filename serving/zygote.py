@@ -172,6 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import pyarrow as pa
     import pyarrow.ipc
 
+    # Not used here: what is imported before a fork is shared by all servers, and costs none of them time or memory.
+    import serving.runtime
+    import serving.server  # noqa: F401
+
     pa.set_cpu_count(1)
     try:
         free(given.uds)

@@ -48,6 +48,14 @@ def ready(tmp_path: Path, version: str) -> bool:
         return b" 200 " in peer.recv(4096)
 
 
+def test_what_servers_need_is_loaded_before_they_are_forked(tmp_path: Path) -> None:
+    """Else each would take its own time and memory for it."""
+    with zygote(tmp_path) as (_, process):
+        mapped = Path(f"/proc/{process.pid}/maps").read_text()
+    assert "onnxruntime_pybind11_state" in mapped
+    assert "uvloop" in mapped
+
+
 def test_a_crash_of_one_server_touches_no_other_and_how_it_ended_is_known(tmp_path: Path) -> None:
     models.score(tmp_path / "m.onnx")
     with zygote(tmp_path) as (nursery, _):
