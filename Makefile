@@ -57,8 +57,8 @@ install: .venv/installed ## the virtual environment, from requirements.lock
 	@touch $@
 
 lock: install ## resolve anew after a change of pyproject.toml
-	$(BIN)/uv pip compile pyproject.toml --all-extras --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" -o requirements.lock
-	grep -E '^uv==' requirements.lock | sed 's/ .*//' | $(BIN)/uv pip compile - --generate-hashes --no-emit-index-url --no-header -o infra/ci/bootstrap.lock
+	$(BIN)/uv pip compile pyproject.toml --all-extras --python-version 3.11 --generate-hashes --custom-compile-command "make lock" -o requirements.lock
+	grep -E '^uv==' requirements.lock | sed 's/ .*//' | $(BIN)/uv pip compile - --generate-hashes --no-header -o infra/ci/bootstrap.lock
 
 clean: ## the environment and everything built
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
