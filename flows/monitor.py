@@ -35,7 +35,7 @@ from policies.policy import Monitor, Policy
 from policies.verdict import GateReport, Verdict
 from tasks import monitor as tasks
 from tasks.ports import BadInput, Bundle, Entry, ModelVersion, NotThere, PortError, Ports, Refused
-from tasks.ports_monitor import Chosen, MonitorPorts, Window
+from tasks.ports_monitor import Chosen, MonitorPorts, Notice, Window
 from tasks.registration import fetch
 from tasks.validation import check_data
 
@@ -352,11 +352,11 @@ def _carry_out(
             tasks.start, more.herald, key, asked["deployment"], asked["parameters"], name=f"start {asked['deployment']}"
         )
 
+    def notice(name: str) -> Notice:
+        return Notice(key, f"lockgate.monitor.{name}", model, version, entry.at, payload)
+
     jobs: dict[str, Callable[[], object]] = {
-        name: partial(
-            run, tasks.tell, more.herald, key, f"lockgate.monitor.{name}", model, version, entry.at, payload, name=name
-        )
-        for name in events
+        name: partial(run, tasks.tell, more.herald, notice(name), name=name) for name in events
     }
     fresh = version == subject.version and ports.clock.now() - entry.at <= _LATE * subject.rules.every
     if fresh and body["steps"]["rollback"]:

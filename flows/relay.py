@@ -19,7 +19,7 @@ from policies.events import KINDS, from_body
 from policies.rollout import Rollout, step
 from policies.transitions import transitions
 from tasks.ports import Ledger, PortError
-from tasks.ports_monitor import Herald
+from tasks.ports_monitor import Herald, Notice
 
 _EVERY_S = 1.0
 _FORMS_EVERY_S = 5.0
@@ -110,16 +110,8 @@ class Relay:
             "by": body.get("by") or entry["actor"],
             "entry": entry["number"],
         }
-        self.herald.tell(
-            f"{entry['rollout']}:{entry['number']}",
-            f"lockgate.rollout.{name}",
-            state.model,
-            state.candidate,
-            entry["at"],
-            payload,
-            rollout=entry["rollout"],
-            flow_run=run,
-        )
+        key, event = f"{entry['rollout']}:{entry['number']}", f"lockgate.rollout.{name}"
+        self.herald.tell(Notice(key, event, state.model, state.candidate, entry["at"], payload, entry["rollout"], run))
 
 
 def keep_relaying(relay: Callable[[], Relay], every_s: float = _EVERY_S) -> NoReturn:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tasks.ports import NotThere, PortError
+from tasks.ports_monitor import Notice
 
 _TOLD = "lockgate_told"  # a Prefect variable: how far the ledger's events were told is known where they are told
 _TIMEOUT_S = 15.0
@@ -22,17 +23,8 @@ _NAMES = uuid.uuid5(uuid.NAMESPACE_DNS, "lockgate")
 class PrefectHerald:
     """`tasks.ports_monitor.Herald` on the server that Prefect's own settings name."""
 
-    def tell(
-        self,
-        key: str,
-        event: str,
-        model: str,
-        version: str,
-        at: float,
-        payload: Mapping[str, object],
-        rollout: str = "",
-        flow_run: str | None = None,
-    ) -> None:
+    def tell(self, notice: Notice) -> None:
+        model, version, rollout = notice.model, notice.version, notice.rollout
         about = {"prefect.resource.id": f"lockgate.model.{model}", "prefect.resource.name": model}
         related = [_related("version", f"lockgate.version.{model}.{version}", f"{model} v{version}")]
         if rollout:
@@ -43,14 +35,14 @@ class PrefectHerald:
                 "lockgate.model": model,
             }
         body = {
-            "id": str(uuid.uuid5(_NAMES, f"{key} {event}")),
-            "event": event,
-            "occurred": datetime.fromtimestamp(at, UTC).isoformat(),
+            "id": str(uuid.uuid5(_NAMES, f"{notice.key} {notice.event}")),
+            "event": notice.event,
+            "occurred": datetime.fromtimestamp(notice.at, UTC).isoformat(),
             "resource": {**about, "lockgate.version": version},
-            "related": [*related, *_flow_run(flow_run)],
-            "payload": dict(payload),
+            "related": [*related, *_flow_run(notice.flow_run)],
+            "payload": dict(notice.payload),
         }
-        with _server(f"the event {event} did not reach the Prefect server") as client:
+        with _server(f"the event {notice.event} did not reach the Prefect server") as client:
             client.request("POST", "/events", json=[body])
 
     def told_up_to(self) -> int | None:

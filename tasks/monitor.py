@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from policies.evidence import Sums
 from policies.monitor import Group
 from tasks.ports import Bundle, ModelVersion, Registry
-from tasks.ports_monitor import Chosen, Comparer, Herald, Window, Windows
+from tasks.ports_monitor import Chosen, Comparer, Herald, Notice, Window, Windows
 
 
 @task(name="live rows", retries=1, retry_delay_seconds=2, timeout_seconds=300, cache_policy=NO_CACHE)
@@ -63,11 +63,9 @@ def show(key: str, said: str, table: list[dict[str, Any]]) -> None:
 
 
 @task(name="tell", retries=2, retry_delay_seconds=[1, 4], timeout_seconds=60, cache_policy=NO_CACHE)
-def tell(
-    herald: Herald, key: str, event: str, model: str, version: str, at: float, payload: Mapping[str, object]
-) -> None:
+def tell(herald: Herald, notice: Notice) -> None:
     """An event that automations can hang on."""
-    herald.tell(key, event, model, version, at, payload)
+    herald.tell(notice)
 
 
 @task(name="start", retries=2, retry_delay_seconds=[1, 4], timeout_seconds=60, cache_policy=NO_CACHE)

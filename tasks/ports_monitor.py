@@ -75,22 +75,29 @@ class Comparer(Protocol):
         """The detector's own report as an HTML page, kept in its workspace, too. Raises PortError."""
 
 
+@dataclass(frozen=True)
+class Notice:
+    """What happened, for automations: about the rollout if one is named, else about the model.
+
+    The same `key` of the same `event` is the same notice. `flow_run` is the id of the run that it belongs to, by
+    default that of the caller. `at` is Unix time.
+    """
+
+    key: str
+    event: str
+    model: str
+    version: str
+    at: float
+    payload: Mapping[str, object]
+    rollout: str = ""
+    flow_run: str | None = None
+
+
 class Herald(Protocol):
     """Tells the orchestrator's automations."""
 
-    def tell(
-        self,
-        key: str,
-        event: str,
-        model: str,
-        version: str,
-        at: float,
-        payload: Mapping[str, object],
-        rollout: str = "",
-        flow_run: str | None = None,
-    ) -> None:
-        """The event is on its way: about the rollout if one is named, else about the model. The same key is the same
-        event. `flow_run` is the id of the run that it belongs to, by default that of the caller. Raises PortError."""
+    def tell(self, notice: Notice) -> None:
+        """It is on its way; told twice, it is there once. Raises PortError."""
 
     def told_up_to(self) -> int | None:
         """The ledger's entry up to which its events were told; None if that was never noted. Raises PortError."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from policies.evidence import ColumnDrift, Drift, Sums
 from tasks.ports import Bundle, ModelVersion, NotThere, PortError
-from tasks.ports_monitor import Chosen, Window
+from tasks.ports_monitor import Chosen, Notice, Window
 
 
 class FakeWindows:
@@ -84,23 +84,13 @@ class FakeHerald:
         self.deployments = {"train/it"}
         self._keys: set[str] = set()
 
-    def tell(
-        self,
-        key: str,
-        event: str,
-        model: str,
-        version: str,
-        at: float,
-        payload: Mapping[str, object],
-        rollout: str = "",
-        flow_run: str | None = None,
-    ) -> None:
+    def tell(self, notice: Notice) -> None:
         if self.down:
             raise PortError("the orchestrator does not answer (by the test)")
-        if f"{key} {event}" not in self._keys:
-            self._keys.add(f"{key} {event}")
-            self.told.append((event, model, version))
-            self.about.append((event, rollout, flow_run, payload))
+        if f"{notice.key} {notice.event}" not in self._keys:
+            self._keys.add(f"{notice.key} {notice.event}")
+            self.told.append((notice.event, notice.model, notice.version))
+            self.about.append((notice.event, notice.rollout, notice.flow_run, notice.payload))
 
     def told_up_to(self) -> int | None:
         return self.up_to
