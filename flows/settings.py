@@ -58,7 +58,8 @@ class Settings(BaseSettings):
 
     @property
     def folder(self) -> Path:
-        return self.home.expanduser().absolute()
+        """Where everything is kept; one folder has one name here, however it is reached."""
+        return self.home.expanduser().resolve()
 
     @property
     def shelf(self) -> Path:

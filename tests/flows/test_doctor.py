@@ -108,3 +108,10 @@ def test_it_ends_with_1_where_something_is_wrong_and_changes_nothing(tmp_path: P
     assert (done.returncode, bool(wrong)) == ((1, True) if file else (0, False)), wrong
     assert all(wrong.values())
     assert not home.exists()
+
+
+def test_a_folder_has_one_name_however_it_is_reached(tmp_path: Path) -> None:
+    """Else a command that comes through a link takes the platform's ledger for another."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert Settings(home=tmp_path / "link").folder == Settings(home=tmp_path / "real").folder
