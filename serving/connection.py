@@ -280,7 +280,8 @@ class Connection(asyncio.Protocol):
         heads = self._host.heads
         if len(heads) >= _HEADS_MAX:
             heads.clear()
-        heads[same] = Head(exchange.method, exchange.path, headers, length)
+        kept = {name: value for name, value in headers.items() if name != b"x-request-id"}
+        heads[same] = Head(exchange.method, exchange.path, kept, length)
 
     def _take(self, exchange: Exchange) -> None:
         """A whole request: its turn is now, or after those before it."""
