@@ -7,7 +7,7 @@ import socket
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -363,12 +363,11 @@ def _claim(ports: Ports, policy: Policy, version: ModelVersion, request: Deliver
 
     Raises PortError when the ledger could not be asked for `BEGIN_S`.
     """
-    told: set[str] = set()
-    seen: dict[str, float] = {}
+    waiting = _Waiting()
     asked = began = ports.clock.now()
     while True:
         try:
-            turned_away = _wait_turn(ports, policy, version, request, name, told, seen)
+            turned_away = _wait_turn(ports, policy, version, request, name, waiting)
         except PortError:
             if ports.clock.now() - asked > BEGIN_S:
                 raise
@@ -378,7 +377,7 @@ def _claim(ports: Ports, policy: Policy, version: ModelVersion, request: Deliver
                 break
         # Who has waited long asks less often: many may wait.
         ports.clock.sleep(min(_POLL_S + (ports.clock.now() - began) / 10, _POLL_MAX_S))
-    if turned_away or not told:
+    if turned_away or not waiting.told:
         return turned_away or None
     newest = next(iter(ports.ledger.rollouts(version.model)), None)
     state = fold(ports.ledger.read(newest)) if newest else None
@@ -388,21 +387,26 @@ def _claim(ports: Ports, policy: Policy, version: ModelVersion, request: Deliver
     return None
 
 
+@dataclass
+class _Waiting:
+    """What is known while a rollout waits: who is ahead of it and since when, and whom it has told to go."""
+
+    ahead: str = ""
+    since: float = 0.0
+    told: set[str] = field(default_factory=set)
+
+
 def _wait_turn(
-    ports: Ports,
-    policy: Policy,
-    version: ModelVersion,
-    request: Delivery,
-    name: str,
-    told: set[str],
-    seen: dict[str, float],
+    ports: Ports, policy: Policy, version: ModelVersion, request: Delivery, name: str, waiting: _Waiting
 ) -> str | None:
     """Nothing if it has to wait on, an empty sentence if it is the active rollout now, else why it is turned away."""
     rule = policy.rollout.on_conflict
     in_line = rule == "queue"
     while (other := ports.ledger.claim(version.model, request.target, name, in_line)) != name:
         state = fold(ports.ledger.read(other))
-        waited = ports.clock.now() - seen.setdefault(other, ports.clock.now())
+        if other != waiting.ahead:
+            waiting.ahead, waiting.since = other, ports.clock.now()
+        waited = ports.clock.now() - waiting.since
         if (state is None and waited > BEGIN_S) or (state is not None and over(state)):
             # Its controller died before it could, or before it began; or it was its turn, and it did not come.
             ports.ledger.release(version.model, request.target, other, unbegun=state is None)
@@ -411,9 +415,9 @@ def _wait_turn(
             return f"rollout {other} is under way, and the policy says on_conflict: reject"
         if state is not None and rule == "supersede" and _newer(state, version):
             return f"rollout {other} of the newer v{state.candidate} is under way"
-        if state is not None and rule == "supersede" and other not in told:
+        if state is not None and rule == "supersede" and other not in waiting.told:
             abort(ports, other, whoami(), f"superseded by v{version.version}")
-            told.add(other)
+            waiting.told.add(other)
         return None
     return ""
 

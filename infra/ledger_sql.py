@@ -206,7 +206,7 @@ class SqlLedger:
                 if in_line and self._holder(connection, model, target) != rollout:
                     self._join(connection, model, target, rollout)
                     line = self._line(connection, model, target)
-                if not in_line or line[0] == rollout:
+                if not in_line or line[:1] == [rollout]:
                     mine = self._unless_there(schema.claims, model=model, target=target, rollout=rollout)
                     connection.execute(mine)
                 holder = self._holder(connection, model, target)

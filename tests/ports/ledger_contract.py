@@ -271,6 +271,7 @@ class LedgerContract:
 
     def test_who_stands_in_line_has_its_turn_in_the_order_of_coming(self, ledger: Ledger, connect: Connect) -> None:
         assert ledger.claim("m", "local", "r1", in_line=True) == "r1"
+        assert ledger.claim("m", "local", "r1", in_line=True) == "r1", "it holds it, and nobody waits"
         for name in ("r2", "r3", "r4"):
             assert connect().claim("m", "local", name, in_line=True) == "r1"
         assert ledger.claim("m", "cluster", "r5", in_line=True) == "r5", "another queue"

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from flows.deliver import BEGIN_S, Delivery, _wait_turn, _Waiting
 from flows.story import fold
 from policies.events import Phase
 from policies.evidence import Counts
 from policies.traffic import Route
 from policies.verdict import GateReport, Verdict
-from tasks.ports import PortError
+from tasks.ports import ModelVersion, PortError, Signature
 from tests.stories.world import MODEL, POLICY, World
 
 
@@ -272,3 +273,28 @@ def test_a_controller_that_was_stopped_for_longer_than_the_lease_gives_no_share_
     after = world.weights[world.weights.index(stopped_after) + 1 :]
     assert {candidate for _, candidate, _, _ in after} == {None}
     assert world.registry.aliases == {"champion": "1"}
+
+
+def test_who_is_first_in_line_keeps_its_place_while_a_rollback_holds_the_model() -> None:
+    """Who waits behind it does not think it dead for time in which it was not its turn."""
+    world = World()
+    policy, version = world.policy, ModelVersion(MODEL, "3", "digest-3", Signature((), ()), "run")
+    waiting, request = _Waiting(), Delivery(model=MODEL, source="x.onnx", policy="")
+
+    def asked() -> str | None:
+        return _wait_turn(world.ports, policy, version, request, "behind", waiting)
+
+    world.ledger.claim(MODEL, "local", "before")
+    world.ledger.claim(MODEL, "local", "first", in_line=True)
+    world.ledger.release(MODEL, "local", "before")
+    assert asked() is None
+    assert waiting.ahead == "first"
+    world.ledger.claim(MODEL, "local", world.request("rollback"))
+    world.clock.sleep(BEGIN_S + 10.0)
+    assert asked() is None
+    assert waiting.ahead == "rollback"
+    world.ledger.release(MODEL, "local", "rollback")
+    assert asked() is None, "it is the turn of the first"
+    assert world.ledger.claim(MODEL, "local", "first", in_line=True) == "first"
+    world.ledger.release(MODEL, "local", "first")
+    assert asked() == ""
