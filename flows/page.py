@@ -22,6 +22,14 @@ _MEANS = {
 }
 
 
+_MEANS_THEN = {
+    "rollback": "it goes back",
+    "pause": "it pauses for a person",
+    "stop": "it is given up",
+    "page": "it stops half-way, and a person is paged",
+}
+
+
 @dataclass(frozen=True)
 class Seen:
     """What the newest look at a rollout saw, with what would have changed each gate's word."""
@@ -34,7 +42,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a page is made of. `links` by name; `form` is where people answer, if they are asked."""
+    """What a page is made of. `links` by name."""
 
     rollout: str
     state: Rollout
@@ -99,13 +107,19 @@ def _how_it_stands(shown: Shown) -> str:
         return (
             f"**People are asked.** It needs the approval of {text(need)}: resume the suspended run"
             f" *{text(state.model)} v{state.candidate}: approve …*, or say `lockgate approve {state.model}`."
-            f" The gates go on looking. {_or_else(state)}"
+            f" The gates go on looking. {_thaws(state)}{_or_else(state)}"
         )
+    if state.phase is Phase.PENDING and state.frozen is not None:
+        return f"**Frozen.** Nothing new is let on before {moment(state.frozen)}; then it goes on by itself."
     if state.phase not in LOOKED_AT:
         return f"**{str(state.phase).capitalize()}.** {_or_else(state)}"
     if state.pending:
         return f"**The traffic is being set.** {_or_else(state)}"
-    return f"**{str(state.verdict).upper()}**: {_MEANS[state.verdict]}. {_next(state)} {_or_else(state)}"
+    return f"**{str(state.verdict).upper()}**: {_MEANS[state.verdict]}. {_thaws(state)}{_next(state)} {_or_else(state)}"
+
+
+def _thaws(state: Rollout) -> str:
+    return "" if state.frozen is None else f"A freeze lets nothing new on before {moment(state.frozen)}. "
 
 
 def _next(state: Rollout) -> str:
@@ -129,16 +143,19 @@ def _or_else(state: Rollout) -> str:
         then, what = state.terms.approvals.on_silence, "Without an answer"
     elif state.paused_at is not None:
         then, what = "rollback", "Without anybody who resumes it"
+    elif state.phase in (Phase.PROMOTING, Phase.ROLLING_BACK, Phase.PROMOTED):
+        then, what = "page", "If that is not done"
     elif state.pending or state.phase is Phase.PENDING:
         then, what = "stop", "If that is not done"
     else:
         then, what = state.terms.on_exhausted, "Without enough evidence"
-    means = {"rollback": "it goes back", "pause": "it pauses for a person", "stop": "it is given up"}[then]
-    return f"{what} by {moment(ends)}, {means}."
+    return f"{what} by {moment(ends)}, {_MEANS_THEN[then]}."
 
 
 def _traffic(shown: Shown) -> str:
     state = shown.state
+    if state.phase is Phase.HALTED:
+        return "Who serves is not known from here: `lockgate status` asks."
     share, copies = weights(state)
     stable = f"v{state.stable} (stable)" if state.stable else "no version before it"
     evidence = shown.seen.evidence if shown.seen else None
@@ -212,7 +229,9 @@ def _to_do(state: Rollout) -> str:
     if state.paused_at is not None:
         return f"{orders}; `lockgate resume {model}` goes on."
     if state.phase in (Phase.SHADOW, Phase.CANARY):
-        others = f"`lockgate pause {model}` stops the clock; `lockgate promote {model}` does not wait for the gates"
+        others = f"`lockgate pause {model}` stops the clock"
+        if state.frozen is None:
+            others += f"; `lockgate promote {model}` does not wait for the gates"
         return f"{orders}; {others}."
     return f"{orders}."
 

@@ -38,6 +38,13 @@ def until(windows: Iterable[Window], at: float) -> float | None:
     return end
 
 
+def endless(windows: Iterable[Window]) -> bool:
+    """Whether those that come every week leave no time between them."""
+    weekly = [each for each in windows if each.every_s is not None]
+    ends = (until(weekly, each.start) for each in weekly)
+    return any(end is not None and end - each.start >= WEEK_S for each, end in zip(weekly, ends, strict=True))
+
+
 def why(windows: Iterable[Window], at: float) -> str:
     """The reason that the policy gives for the freeze at this time."""
     return "; ".join(each.why for each in windows if each.why and each.end_at(at) is not None)

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from policies.audience import Audience
-from policies.freeze import Window, window
+from policies.freeze import Window, endless, window
 from policies.traffic import TIMEOUT_S_MAX
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)$")
@@ -391,6 +391,12 @@ class Governance(_Strict):
 
     approvals: Approvals | None = None
     freeze: tuple[Freeze, ...] = Field((), description="When nothing new is let on. What goes back never waits for it.")
+
+    @model_validator(mode="after")
+    def _ends(self) -> Governance:
+        if endless(each.window() for each in self.freeze):
+            raise ValueError("the weekly freezes leave no time between them: nothing would ever be let on")
+        return self
 
 
 class Trigger(_Strict):

@@ -105,7 +105,7 @@ class Rollout:
     evidence_hash: str = ""  # of the last look, or of the checks
     question: Question | None = None  # people are asked for approval
     approved: bool = False
-    frozen: float | None = None  # it would have gone on, and may not before this time
+    frozen: float | None = None  # it would have gone on, and may not before this time; its clocks run from there
 
     @property
     def ended(self) -> bool:
@@ -216,14 +216,15 @@ def due(state: Rollout) -> float | None:
         return state.since + limits.effect_s
     if state.paused_at is not None:
         return state.paused_at + limits.pause_max_s
-    if state.frozen is not None and state.blind_since is None:  # it has its evidence, and waits for nothing else
-        return state.frozen + limits.patience_s
     if state.question is not None:
         return _silence_ends(state)
     exhausted = state.since + _length(state) + limits.patience_s
-    if state.blind_since is not None:
-        return max(exhausted, state.blind_since + limits.grace_s)
-    return exhausted
+    if state.blind_since is None:
+        return exhausted
+    graced = state.blind_since + limits.grace_s
+    if state.frozen is not None:  # whom nobody can look at does not wait for the end of a freeze
+        exhausted = min(exhausted, graced + limits.patience_s)
+    return max(exhausted, graced)
 
 
 def earliest(state: Rollout) -> float:
@@ -267,7 +268,7 @@ def _go_on(state: Rollout, event: Event, to: int, order: str = "") -> Rollout:
     if frozen is not None and order:
         raise Illegal(state, event, _frozen(state.terms, event.at, frozen))
     if frozen is not None:
-        return state if state.frozen == frozen else _with(state, frozen=frozen)
+        return _freeze(state, frozen)
     state = _with(state, frozen=None) if state.frozen is not None else state
     quorum, question = state.terms.approvals, state.question
     if quorum is not None and not state.approved and approval.needed(state.terms, to):
@@ -278,6 +279,17 @@ def _go_on(state: Rollout, event: Event, to: int, order: str = "") -> Rollout:
             return _on_time(state, event)
         state = _with(state, approved=True)
     return _promote(state, event, order) if order else _enter_stage(state, event, to)
+
+
+def _freeze(state: Rollout, until: float) -> Rollout:
+    """It waits for the end of the freeze; only from then on do patience and the time to answer run."""
+    if state.frozen == until:
+        return state
+    question = state.question
+    if question is not None:
+        question = replace(question, at=max(question.at, until))
+    since = state.since if state.phase is Phase.PENDING else max(state.since, until - _length(state))
+    return _with(state, frozen=until, since=since, question=question)
 
 
 def _frozen(limits: Terms, at: float, until: float) -> str:
@@ -422,11 +434,12 @@ def _on_looked(state: Rollout, event: Event) -> Rollout:
     blind = None
     if event.verdict is Verdict.ERROR:
         blind = event.at if state.blind_since is None else state.blind_since
-    if blind is None and state.blind_since is not None:
+    frozen = state.frozen if state.frozen is not None and event.at < state.frozen else None
+    if blind is None and state.blind_since is not None and frozen is None:
         # Time in which nobody could look is no patience spent, as far as the source's grace goes.
         excused = min(max(event.at - max(state.blind_since, state.since), 0.0), state.terms.grace_s)
         state = _with(state, since=state.since + excused)
-    state = _with(state, verdict=event.verdict, blind_since=blind, evidence_hash=event.evidence_hash)
+    state = _with(state, verdict=event.verdict, blind_since=blind, evidence_hash=event.evidence_hash, frozen=frozen)
     if not state.in_force or state.paused_at is not None:
         return state
     if event.verdict is Verdict.PASS and event.at >= state.since + _length(state):
@@ -503,7 +516,8 @@ def _on_ordered(state: Rollout, event: Event) -> Rollout:
         # A pause costs the stage none of its time, and whoever resumes it gives it its patience anew.
         waited = max(event.at - max(state.paused_at, state.since), 0.0)
         since = max(state.since + waited, event.at - _length(state))
-        question = replace(state.question, at=event.at) if state.question else None
+        ends = event.at if state.frozen is None else max(event.at, state.frozen)
+        question = replace(state.question, at=ends) if state.question else None
         blind = None if state.blind_since is None else event.at
         return _with(
             state, paused_at=None, since=since, blind_since=blind, reason=why, moved_by=event.number, question=question

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 
-from flows.page import Seen, Shown, page, stages, table, text
+from flows.page import Seen, Shown, moment, page, stages, table, text
 from flows.publish import artifact_key
 from flows.rollout import Progress, order
-from policies.events import Phase
+from policies.events import Failed, Phase
+from policies.rollout import step
 from tests.stories.world import POLICY, World
 
 
@@ -46,12 +49,34 @@ def test_a_rollback_says_why_and_a_halt_says_that_a_person_is_needed() -> None:
     assert "**Rolled back**: errors" in gone_back
     assert "lockgate explain m" in gone_back
     world = World()
-    world.request()
-    halted = Phase.HALTED
-    state = world.controller().drive()
-    halt = page(Shown("r1", type(state)(**{**vars(state), "phase": halted, "reason": "nobody knows"}), "local", 0.0))
+    world.drive()
+    promoting = next(each for each in world.seen if each.state.phase is Phase.PROMOTING)
+    assert "it stops half-way, and a person is paged." in shown(promoting)
+    stuck = Failed(promoting.event.at, 10**6, promoting.state.pending[0].id, "no answer", final=True)
+    halt = page(Shown("r1", step(promoting.state, stuck)[0], "local", 0.0))
     assert "**A person is needed.**" in halt
     assert "lockgate rollback m" in halt
+    assert "Who serves is not known" in halt
+    assert "live traffic" not in halt
+
+
+def frozen(begins: float, ends: float) -> tuple[str, list[str]]:
+    """When a freeze ends that comes so many seconds after the beginning, and the pages of the time that it costs."""
+    world = World()
+    start, stop = (datetime.fromtimestamp(world.clock.now() + each, UTC).isoformat() for each in (begins, ends))
+    world = World(f"{POLICY}governance: {{freeze: [{{from: '{start}', to: '{stop}'}}]}}\n")
+    end = moment(world.clock.now() + ends)
+    world.drive()
+    return end, [shown(each) for each in world.seen if each.state.frozen is not None]
+
+
+def test_a_freeze_is_told_with_its_end() -> None:
+    end, told = frozen(5.0, 300.0)
+    held = next(page for page in told if "**PASS**" in page)
+    assert held.count(end) == 2, "nothing new before, the next stage from then on"
+    assert "lockgate promote" not in held
+    end, told = frozen(-5.0, 300.0)
+    assert f"**Frozen.** Nothing new is let on before {end}; then it goes on by itself." in told[0]
 
 
 def test_people_who_are_asked_and_a_pause_are_told_first() -> None:

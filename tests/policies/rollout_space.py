@@ -35,6 +35,7 @@ from policies.events import (
     Terms,
     Ticked,
 )
+from policies.freeze import Window
 from policies.rollout import Illegal, Rollout, step
 from policies.verdict import Verdict
 
@@ -50,6 +51,7 @@ OLD = 1.0  # an approval of this age has expired, a question is over
 ONE = Quorum("canary", ("ann", "asker"), 1, OLD, OLD, "pause")
 TWO = Quorum("promote", ("ann", "ben", "asker"), 2, OLD, OLD, "rollback")
 HASH = "of the evidence"
+FREEZE = Window(NOW + 1.0, NOW + 3.0)
 
 
 def requested(terms: Terms = USUAL, stable: str | None = "1") -> Requested:
@@ -64,6 +66,10 @@ KINDS_OF_ROLLOUT = {
     "first version": requested(stable=None),
     "approved before the canary": requested(replace(USUAL, stops=STOPS[:1], watch_s=0.0, approvals=ONE)),
     "approved by two before promotion": requested(replace(USUAL, stops=STOPS[1:2], watch_s=0.0, approvals=TWO)),
+    "frozen": requested(replace(USUAL, stops=STOPS[1:2], watch_s=0.0, freeze=(FREEZE,))),
+    "frozen, approved before the canary": requested(
+        replace(USUAL, stops=STOPS[:1], watch_s=0.0, approvals=ONE, freeze=(FREEZE,))
+    ),
     "first version, approved": requested(replace(USUAL, approvals=TWO), stable=None),
 }
 
@@ -260,7 +266,17 @@ def _plain(state: Rollout, now: float) -> Rollout:
         holder="",
         askers=tuple(sorted({"asker"} & set(state.askers))),  # the boss may not approve anyway
         question=_plain_question(state.question, now, anew),
+        frozen=None if state.frozen is None else NOW - age(state.frozen, now),
+        terms=_plain_terms(
+            state.terms, tuple(NOW - age(each, now) for w in state.terms.freeze for each in (w.start, w.end))
+        ),
     )
+
+
+@cache
+def _plain_terms(terms: Terms, freeze: tuple[float, ...]) -> Terms:
+    """The same terms, their one freeze as old, or as far ahead, as it is."""
+    return replace(terms, freeze=(Window(*freeze),)) if freeze else terms
 
 
 def _plain_question(asked: Question | None, now: float, anew: dict[int, int]) -> Question | None:

@@ -24,7 +24,7 @@ from policies.events import (
     from_body,
     to_body,
 )
-from policies.freeze import WEEK_S, Window, until, why, window
+from policies.freeze import Window, until, why, window
 from policies.policy import PolicyError, parse
 from policies.rollout import Illegal, Rollout, due, step, terms
 from policies.verdict import Verdict
@@ -62,7 +62,17 @@ def test_a_window_of_the_week_is_there_every_week_and_only_then() -> None:
 def test_windows_that_touch_are_one() -> None:
     assert until([Window(0, 10), Window(10, 20), Window(15, 30)], 5) == 30
     assert until([Window(0, 10), Window(11, 20)], 5) == 10
-    assert until([Window(0, WEEK_S / 2, WEEK_S), Window(WEEK_S / 2, WEEK_S, WEEK_S)], 5) is not None, "it ends, too"
+
+
+def test_weekly_windows_that_leave_no_time_between_them_are_refused() -> None:
+    text = """
+policy: p
+rollout: {stages: [canary: {weight: 10, for: 5s}]}
+governance: {freeze: [{from: 'fri 16:00', to: 'mon 08:00'}, {from: '%s', to: 'fri 16:00'}]}
+"""
+    with pytest.raises(PolicyError, match="no time between them"):
+        parse(text % "mon 08:00")
+    parse(text % "mon 08:01")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +181,36 @@ def test_an_approval_that_came_counts_after_the_freeze() -> None:
 def in_shadow_of(when: float, quorum: Quorum) -> Rollout:
     state = deployed(when, approvals=quorum)
     return run(state, Done(when, 4, state.pending[0].id))
+
+
+def asked_then_frozen(quorum: Quorum) -> Rollout:
+    """People were asked at 906; then a freeze came over it, from 1000 to 5000, and found it passing."""
+    state = run(in_shadow_of(895.0, quorum), Looked(906.0, 5, Verdict.PASS, ""), Looked(1100.0, 6, Verdict.PASS, ""))
+    assert state.question is not None
+    assert state.frozen == 5000.0
+    return state
+
+
+def test_people_who_were_asked_have_their_time_after_the_freeze() -> None:
+    state = asked_then_frozen(Quorum("canary", ("ann",), 1, 10_000.0, 50_000.0, "pause"))
+    late = run(state, Looked(5050.0, 7, Verdict.HOLD, ""), Looked(5101.0, 8, Verdict.HOLD, ""))
+    assert (late.phase, due(late)) == (Phase.SHADOW, 55_000.0), "it waits for people, not for evidence"
+    assert "frozen" not in late.label
+    agreed = run(state, Answered(4000.0, 7, "ann", "approve", "d", ""))
+    assert run(agreed, Looked(5000.0, 8, Verdict.PASS, "")).phase is Phase.CANARY
+
+
+def test_a_freeze_longer_than_the_time_to_answer_refuses_no_answer() -> None:
+    state = asked_then_frozen(Quorum("canary", ("ann",), 1, 10_000.0, 100.0, "rollback"))
+    assert run(state, Answered(4900.0, 7, "ann", "approve", "d", "")).question is not None
+    assert due(state) == 5100.0
+    assert run(state, Ticked(5100.0, 7)).reason == "0 of 1 approvals in 100 s"
+
+
+def test_who_resumes_in_a_freeze_shortens_nobody_s_time() -> None:
+    state = asked_then_frozen(Quorum("canary", ("ann",), 1, 10_000.0, 100.0, "rollback"))
+    state = run(state, Ordered(2000.0, 7, "pause", ""), Ordered(2100.0, 8, "resume", ""))
+    assert due(state) == 5100.0
 
 
 def test_the_ledger_keeps_it() -> None:

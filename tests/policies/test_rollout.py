@@ -32,6 +32,7 @@ from policies.events import (
     from_body,
     to_body,
 )
+from policies.freeze import until
 from policies.rollout import Illegal, Rollout, due, fold, step
 from policies.verdict import Verdict
 from tests.policies.rollout_space import (
@@ -92,7 +93,8 @@ def test_a_refused_event_has_changed_nothing(space: Space) -> None:
         values = [getattr(state, field.name) for field in fields(state)]
         with pytest.raises(Illegal) as refused:
             step(state, event)
-        assert isinstance(event, Answered) or type(event).__name__ in str(refused.value)
+        told_why = isinstance(event, Answered) or "nothing new is let on before" in str(refused.value)
+        assert told_why or type(event).__name__ in str(refused.value)
         assert [getattr(state, field.name) for field in fields(state)] == values
         assert hash(state) == hash(replace(state))
 
@@ -203,9 +205,14 @@ def test_no_evidence_no_source_and_bad_evidence_never_move_anything_upward(space
     assert seen
 
 
+def thawed(edge: Edge) -> bool:
+    """The freeze is over in which a version whose checks have passed waited for its first stage."""
+    return edge.before.phase is Phase.PENDING and edge.before.frozen is not None
+
+
 def test_time_alone_never_promotes(space: Space) -> None:
     for edge in space.edges:
-        if isinstance(edge.event, Ticked):
+        if isinstance(edge.event, Ticked) and not thawed(edge):
             assert edge.after.phase not in UPWARD or edge.after.phase is edge.before.phase, told(edge)
 
 
@@ -221,6 +228,7 @@ def test_no_failure_ever_raises_the_candidates_share(space: Space) -> None:
             or (isinstance(event, Looked | Checked) and event.verdict is Verdict.PASS)
             or (isinstance(event, Ordered) and event.order == "promote")
             or (isinstance(event, Answered) and event.answer == "approve" and edge.then.consented)
+            or (isinstance(event, Ticked) and thawed(edge))
         )
         if not good:
             assert edge.then.share <= edge.past.share, told(edge)
@@ -458,8 +466,17 @@ def test_before_its_deadline_time_changes_nothing(space: Space) -> None:
 def test_nothing_is_dated_after_now(space: Space) -> None:
     """A stage that began in the future would last longer than the policy says."""
     for edge in space.edges:
-        dates = (edge.after.since, edge.after.paused_at, edge.after.blind_since)
+        dates = (edge.after.paused_at, edge.after.blind_since)
         assert all(date is None or date <= edge.event.at for date in dates), told(edge)
+        assert edge.after.since <= max(edge.event.at, edge.after.frozen or edge.event.at), told(edge)
+
+
+def test_in_a_freeze_nothing_new_is_let_on(space: Space) -> None:
+    cold = [edge for edge in space.edges if until(edge.before.terms.freeze, edge.event.at) is not None]
+    assert bool(cold) == bool(space.nodes[0].state.terms.freeze)
+    for edge in cold:
+        assert edge.then.share <= edge.past.share, told(edge)
+        assert not any(effect.shadow and effect.version is None for effect in edge.asked), told(edge)
 
 
 def test_what_has_ended_stays_ended(space: Space) -> None:
