@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from infra import rows, scores_onnx
 from infra.drift_evidently import EvidentlyDrift
 from infra.samples_arrow import SampledRows
+from policies import shifts
 from policies.evidence import Drift
 from policies.policy import Policy
 from policies.rehearsal import Compare, Recording
@@ -41,13 +42,12 @@ class ArrowRecordings:
         table = self._samples.read(model, stable, time.time() - 3600.0 * hours)
         if table.num_rows == 0:
             raise NotThere(f"v{stable} of {model} has no sampled row of the last {hours:g} h; give a file with --rows")
-        answered = np.asarray(table["status"]) < 400
-        answers = np.where(answered, np.asarray(table["prediction"].cast("float64").fill_null(np.nan)), np.nan)
+        failed = np.asarray(table["status"]) >= 400
+        stable_s = np.where(failed, np.nan, np.asarray(table["prediction"].cast("float64").fill_null(np.nan)))
         feeds = {tensor.name: _sampled_input(table, tensor) for tensor in candidate.signature.inputs}
         lots = [zlib.crc32(request.encode()) / 2**32 for request in table["request_id"].to_pylist()]
-        recording = Recording(
-            np.asarray(table["time"], dtype=float), np.asarray(lots), answers, candidate.answers(policy, feeds)
-        )
+        at, (predictions, broken) = np.asarray(table["time"], dtype=float), candidate.answers(policy, feeds)
+        recording = Recording(at, np.asarray(lots), stable_s, predictions, failed, broken)
         return recording, self._compare(policy, table, recording, lambda name: f"in.{name}")
 
     def in_file(
@@ -57,12 +57,12 @@ class ArrowRecordings:
         import numpy as np
 
         table = rows.read(path, text=rows.text_inputs(candidate.signature))
-        answers = [
+        (first, failed), (second, broken) = (
             each.answers(policy, rows.feeds(table, each.signature, path, policy.checks.label))
             for each in (stable, candidate)
-        ]
+        )
         lots = np.random.default_rng(1).random(table.num_rows)
-        recording = Recording(np.arange(table.num_rows) / rps, lots, *answers)
+        recording = Recording(np.arange(table.num_rows) / rps, lots, first, second, failed, broken)
         return recording, self._compare(policy, table, recording, lambda name: name)
 
     def _compare(self, policy: Policy, table: pa.Table, recording: Recording, named: Callable[[str], str]) -> Compare:
@@ -77,12 +77,16 @@ class ArrowRecordings:
             raise BadInput(f"the recording has no {', '.join(missing)}, which the drift gate compares")
 
         def side(answers: NDArray[np.float64], numbers: NDArray[np.int64]) -> pa.Table:
+            numbers = numbers[-shifts.WINDOW_ROWS :]
             chosen = {name: table[name].take(pa.array(numbers)) for name in columns if name != rows.PREDICTION}
             return pa.table({**chosen, rows.PREDICTION: answers[numbers]})
 
-        def compare(stable: NDArray[np.int64], candidate: NDArray[np.int64]) -> Drift:
+        def compare(stable: NDArray[np.int64], candidate: NDArray[np.int64]) -> Drift | None:
             first, second = side(recording.stable, stable), side(recording.candidate, candidate)
-            return self._drift.compare(first, second, tuple(columns), gate.method)
+            try:
+                return self._drift.compare(first, second, tuple(columns), gate.method)
+            except NotThere:
+                return None
 
         return compare
 
@@ -99,13 +103,10 @@ class Candidate:
         with onnx.open("rb") as file:
             return cls(onnx, hashlib.file_digest(file, "sha256").hexdigest(), signature)
 
-    def answers(self, policy: Policy, feeds: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
-        """The prediction of each row; NaN where there is none. Raises BadInput for rows that it cannot be asked."""
-        import numpy as np
-
+    def answers(self, policy: Policy, feeds: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """The prediction of each row, and which it fails on. Raises BadInput for rows that it cannot be asked."""
         chosen = policy.prediction
-        found = scores_onnx.predictions(self.onnx, self.digest, feeds, chosen.output, chosen.column, failures=True)
-        return np.asarray(found, float)
+        return scores_onnx.answers(self.onnx, self.digest, feeds, chosen.output, chosen.column)
 
 
 def _sampled_input(table: pa.Table, tensor: Tensor) -> NDArray[Any]:

@@ -12,13 +12,13 @@ from infra.drift_evidently import EvidentlyDrift
 from infra.outcomes_arrow import LabelledAnswers
 from infra.samples_arrow import SampledRows
 from infra.telemetry_envoy import EnvoyCounts
+from policies import shifts
 from policies.evidence import Counts, Drift, Outcomes, Pairs
 from tasks.ports import NotThere
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_WINDOW_ROWS = 22_000  # some more than are compared: answers that were errors are left out
 _SETTLE_S = 3.0  # segments are written every second, and a copy may be answered after the original
 _OWN = ("prediction", "status", "row")
 
@@ -51,7 +51,7 @@ class LiveTelemetry:
     def drift(
         self, model: str, stable: str, candidate: str, columns: Sequence[str], method: str, since: float
     ) -> Drift:
-        tables = [self._samples.read(model, version, since, _WINDOW_ROWS) for version in (stable, candidate)]
+        tables = [self._samples.read(model, version, since, shifts.WINDOW_ROWS) for version in (stable, candidate)]
         names = [name if name in _OWN else f"in.{name}" for name in columns]
         for version, table in zip((stable, candidate), tables, strict=True):
             if table.num_rows == 0:

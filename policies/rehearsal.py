@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,27 +16,34 @@ from numpy.typing import NDArray
 from policies import gates, rollout, shifts
 from policies.events import LOOKED_AT, Checked, Do, Done, Event, Looked, Phase, Requested
 from policies.evidence import Counts, Drift, Evidence, Pairs
-from policies.policy import Policy
+from policies.policy import Drifting, Policy
 from policies.rollout import Rollout
 from policies.verdict import GateReport, Verdict, worst
 
 LOOKS_MAX = 5_000  # of one rehearsal; a longer one looks less often than its policy says
+_COMPARISONS_MAX = 250  # while a stage's patience is spent; a longer one is compared less often than live
 Compare = Callable[[NDArray[np.int64], NDArray[np.int64]], Drift | None]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Requests in the order of their times (POSIX seconds), what the stable version answered to each, and what the
-    candidate answers to the same; NaN is no answer. `lots` is a number in [0, 1) for each, by chance but for good: who
-    is below the share meets the candidate, also when it grows."""
+    """Requests in the order of their times (POSIX seconds), what the stable version predicted for each, and what the
+    candidate predicts for the same (NaN is no prediction, which an answer may be without), and whom each failed to
+    answer. `lots` is a number in [0, 1) for each, by chance but for good: who is below the share meets the candidate,
+    also when it grows."""
 
     at: NDArray[np.float64]
     lots: NDArray[np.float64]
     stable: NDArray[np.float64]
     candidate: NDArray[np.float64]
+    stable_failed: NDArray[np.bool_]
+    candidate_failed: NDArray[np.bool_]
 
     def __post_init__(self) -> None:
-        sizes = {len(each) for each in (self.at, self.lots, self.stable, self.candidate)}
+        sizes = {
+            len(each)
+            for each in (self.at, self.lots, self.stable, self.candidate, self.stable_failed, self.candidate_failed)
+        }
         if len(sizes) != 1 or 0 in sizes:
             raise ValueError("a recording has requests, and an answer of both versions to each")
         if (np.diff(self.at) < 0).any():
@@ -80,8 +88,8 @@ def not_asked(policy: Policy) -> tuple[str, ...]:
 def rehearse(
     policy: Policy, model: str, candidate: str, stable: str, recording: Recording, compare: Compare
 ) -> Rehearsal:
-    """The whole rollout, from the recording's first request on. `compare` tells how far the rows of the stable version
-    (the first argument, by number) are from the candidate's; it is asked as often as the drift gate may raise an alarm.
+    """The whole rollout, from the recording's first request on. `compare` tells how far the rows that the stable
+    version answered (the first argument, by number, oldest first) are from the candidate's; None without any rows.
     """
     left, rules = not_asked(policy), policy.rollout
     asked = rules.gates.model_copy(update={"latency": None, "quality": None})
@@ -119,7 +127,8 @@ class _World:
         self.every = max(policy.rollout.look_every, (self.end - self.now) / LOOKS_MAX)
         self.known, self.exposed = gates.begin(policy), 0
         self.reports: tuple[GateReport, ...] = ()
-        self.since, self.compared = self.now, 0  # of the stage
+        self.compared_at, self.counts_from = -inf, self.now + policy.rollout.burn_in
+        self.rows: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = [], []  # of each version, to compare
         self.stable = self.candidate = Counts(0, 0, epoch="recorded")
         self.pairs = [0, 0]
 
@@ -130,7 +139,6 @@ class _World:
         if state.pending and state.pending[0].do is Do.CHECK:
             return Checked(self.now, number, Verdict.PASS, "not rehearsed")
         if state.pending:
-            self.since, self.compared = self.now, 0
             return Done(self.now, number, state.pending[0].id)
         if self.now >= self.end:
             return None
@@ -140,24 +148,28 @@ class _World:
         assert state.phase in LOOKED_AT
         before, self.now = self.now, self.now + self.every
         new = slice(*np.searchsorted(self.recording.at, [before, self.now], side="right"))
-        first = int(np.searchsorted(self.recording.at, self.since, side="right"))
         stable, candidate, both = self._split(state, new)
-        self.stable = _plus(self.stable, self.recording.stable[stable])
-        self.candidate = _plus(self.candidate, self.recording.candidate[candidate])
+        self.stable = _plus(self.stable, self.recording.stable_failed[stable])
+        self.candidate = _plus(self.candidate, self.recording.candidate_failed[candidate])
+        for rows, numbers, failed in (
+            (self.rows[0], stable, self.recording.stable_failed),
+            (self.rows[1], candidate, self.recording.candidate_failed),
+        ):
+            rows.append(numbers[~failed[numbers] & (self.recording.at[numbers] >= self.counts_from)])
         self.exposed += 0 if state.phase is Phase.SHADOW else len(candidate)
         gate = self.policy.rollout.gates.disagreement
         if gate is not None:
             apart = np.abs(self.recording.stable[both] - self.recording.candidate[both])
             self.pairs[0] += len(both)
             self.pairs[1] += int((~(apart <= gate.tolerance)).sum())  # no answer is another one
+        at = len(self.policy.rollout.stages) if state.phase is Phase.WATCHING else state.stage
         evidence = Evidence(
             at=self.now,
             stable=self.stable,
             candidate=self.candidate,
-            drift=self._drift(state, slice(first, new.stop)),
+            drift=self._drift(state, at),
             pairs=Pairs(*self.pairs) if gate is not None and state.phase is not Phase.CANARY else None,
         )
-        at = len(self.policy.rollout.stages) if state.phase is Phase.WATCHING else state.stage
         self.known, self.reports = gates.look(self.policy, at, self.known, evidence)
         verdict = worst(report.verdict for report in self.reports)
         deciding = [report for report in self.reports if report.verdict is verdict]
@@ -175,21 +187,32 @@ class _World:
             return copied, numbers, copied
         return numbers[lots >= state.stop.weight / 100], numbers[lots < state.stop.weight / 100], numbers[:0]
 
-    def _drift(self, state: Rollout, rows: slice) -> Drift | None:
-        """A comparison of this stage's rows, whenever the gate may raise an alarm, and when the stage may be over."""
+    def _drift(self, state: Rollout, at: int) -> Drift | None:
+        """A comparison of the rollout's rows so far, when its word may move the rollout: where the live controller's
+        comparisons may raise an alarm, and where they may end the stage. Those between the two change nothing."""
         gate = self.policy.rollout.gates.drift
-        length = state.terms.watch_s if state.phase is Phase.WATCHING else state.stop.length_s
-        due = (*shifts.LOOKS, 1.0)
-        if gate is None or self.compared >= len(due) or self.now - self.since < due[self.compared] * length:
+        if gate is None:
             return None
-        stable, candidate, _ = self._split(state, rows)
-        if min(len(stable), len(candidate)) < gate.rows_min:
+        every = shifts.EVERY_S
+        if not self._may_alarm(gate, state, at):
+            every = max(every, state.terms.patience_s / _COMPARISONS_MAX)
+            if self.now < rollout.earliest(state):
+                return None
+        if self.now - self.compared_at < every:
             return None
-        self.compared += 1
-        return self.compare(stable, candidate)
+        seen = self.compare(*(np.concatenate(rows) for rows in self.rows))
+        self.compared_at = self.now if seen is not None else self.compared_at
+        return seen
+
+    def _may_alarm(self, gate: Drifting, state: Rollout, at: int) -> bool:
+        """Whether the gate would take a comparison now for one that may raise an alarm."""
+        entered = self.known.stage == at
+        spent, elapsed_s = (self.known.shift.spent, self.now - self.known.staged) if entered else (0, 0.0)
+        enough = min(sum(map(len, rows)) for rows in self.rows) >= gate.rows_min
+        length_s = state.terms.watch_s if state.phase is Phase.WATCHING else state.stop.length_s
+        return enough and shifts.may_alarm(spent, elapsed_s, length_s)
 
 
-def _plus(counts: Counts, answers: NDArray[np.float64]) -> Counts:
-    """With these answers counted, too."""
-    errors = counts.errors + int(np.isnan(answers).sum())
-    return replace(counts, requests=counts.requests + len(answers), errors=errors)
+def _plus(counts: Counts, failed: NDArray[np.bool_]) -> Counts:
+    """With these requests counted, too."""
+    return replace(counts, requests=counts.requests + len(failed), errors=counts.errors + int(failed.sum()))

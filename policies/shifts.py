@@ -22,6 +22,8 @@ from policies.policy import Disagreement, Drifting
 from policies.verdict import GateReport, Verdict
 
 LOOKS = (0.0, 0.5, 1.0)  # the shares of a stage's length after which a comparison may raise an alarm
+EVERY_S = 4.0  # between two comparisons
+WINDOW_ROWS = 22_000  # newest rows of each version; some more than are compared: answers that were errors are left out
 # Rows of each version that a detector compares, evenly thinned; Wasserstein's distances take the least time by far.
 _ROWS_MAX, _ROWS_MAX_WASSERSTEIN = 4_000, 20_000
 RESAMPLES = 100  # of the windows, from which a detector takes the standard error of a distance
@@ -124,9 +126,14 @@ def _take(gate: Drifting, shift: Shift, scene: Scene, drift: Drift) -> Shift:
     shift = replace(shift, seen=drift)
     if min(drift.rows_stable, drift.rows_candidate) < gate.rows_min:
         return shift
-    if shift.spent >= len(LOOKS) or scene.elapsed_s < LOOKS[shift.spent] * scene.length_s:
+    if not may_alarm(shift.spent, scene.elapsed_s, scene.length_s):
         return shift
     return replace(shift, spent=shift.spent + 1, alarm=shift.alarm or _alarm(gate, scene, drift))
+
+
+def may_alarm(spent: int, elapsed_s: float, length_s: float) -> bool:
+    """Whether it is the turn of a comparison that may raise an alarm, when `spent` have had theirs."""
+    return spent < len(LOOKS) and elapsed_s >= LOOKS[spent] * length_s
 
 
 def _alarm(gate: Drifting, scene: Scene, drift: Drift) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from math import inf
 
+from policies import shifts
 from policies.events import Phase
 from policies.evidence import Counts, Drift, Evidence, Outcomes, Pairs
 from policies.policy import Policy
 from policies.rollout import Rollout
 from tasks.ports import NotThere, PortError, Telemetry
 
-_DRIFT_EVERY_S = 4.0
 _LABELS_EVERY_S = 5.0
 
 
@@ -78,7 +78,7 @@ class Lookout:
         stable = self._counts(state, state.stable, shadow=watching, problems=problems)
         candidate = self._counts(state, state.candidate, shadow=state.phase is Phase.SHADOW, problems=problems)
         drift, pairs = None, None
-        if at - self.compared_at >= _DRIFT_EVERY_S or at < self.compared_at:
+        if at - self.compared_at >= shifts.EVERY_S or at < self.compared_at:
             drift = self._drift(state, problems)
             pairs = self._pairs(state, problems)
             if drift is not None or problems or self.policy.rollout.gates.drift is None:

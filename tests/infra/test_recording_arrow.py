@@ -38,7 +38,7 @@ def test_the_sampled_inputs_are_put_to_the_candidate(tmp_path: Path) -> None:
     sampled(tmp_path, 100, at=now - 50.0, status=500, seed=2)
     seen, _ = recordings(tmp_path).sampled(POLICY, "m", "1", candidate(tmp_path / "same.onnx", logistic()), 1.0)
     assert len(seen.at) == 500
-    assert np.isnan(seen.stable).sum() == 100, "what the stable version failed on is recorded as such"
+    assert seen.stable_failed.sum() == np.isnan(seen.stable).sum() == 100, "what the stable version failed on is told"
     np.testing.assert_allclose(seen.candidate[:400], seen.stable[:400], atol=1e-5)
     assert len(np.unique(seen.lots)) == 250, "the rows of one request meet the same version"
     other = candidate(tmp_path / "other.onnx", logistic((-1.0, 1.0)))
@@ -65,7 +65,7 @@ def test_a_file_s_rows_are_answered_by_both_and_a_row_that_fails_is_a_failure(tm
     policy = parse(POLICY.model_dump_json(by_alias=True))
     policy = policy.model_copy(update={"prediction": policy.prediction.model_copy(update={"output": "o"})})
     seen, compare = recordings(tmp_path).in_file(policy, tmp_path / "rows.parquet", 50.0, bytes_, bytes_)
-    assert np.isnan(seen.candidate).mean() == 0.2
+    assert seen.candidate_failed.mean() == np.isnan(seen.candidate).mean() == 0.2
     assert seen.candidate[:4].tolist() == [10.0, 20.0, 30.0, 40.0]
     assert seen.at[-1] == pytest.approx(199 / 50)
     assert rehearse(policy, "m", "2", "1", seen, compare).outcome in ("rolled_back", "unfinished")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ def recording(seconds: float = 600.0, rps: float = 40.0, **changed: Any) -> Reco
     generator = np.random.default_rng(3)
     count = int(seconds * rps)
     answers = generator.random(count)
-    sides = {"stable": answers, "candidate": answers} | changed
+    fine = np.zeros(count, dtype=bool)
+    sides = {"stable": answers, "candidate": answers, "stable_failed": fine, "candidate_failed": fine} | changed
     return Recording(np.arange(count) / rps, generator.random(count), **sides)
 
 
@@ -39,7 +41,7 @@ def play(seen: Recording, more: str = "", compare: Any = lambda _stable, _candid
 
 def failing(seen: Recording, share: float) -> Recording:
     broken = np.random.default_rng(4).random(len(seen.at)) < share
-    return Recording(seen.at, seen.lots, seen.stable, np.where(broken, np.nan, seen.candidate))
+    return replace(seen, candidate=np.where(broken, np.nan, seen.candidate), candidate_failed=broken)
 
 
 def test_a_version_that_answers_the_same_is_promoted_by_every_stage_in_its_time() -> None:
@@ -80,6 +82,73 @@ def test_drift_is_asked_of_the_rows_that_each_side_answered() -> None:
     assert asked[0][0] == asked[0][2], "a shadow answers the stable version's own requests"
 
 
+LONG_PATIENCE = """
+policy: p
+rollout:
+  stages: [canary: {weight: 50, for: 60s}]
+  gates: {errors: {margin: 0.5}, drift: {threshold: 0.1, rows_min: 100}}
+  watch: {for: 60s, shadow: 0.5}
+  patience: 300s
+  burn_in: 5s
+"""
+
+
+def apart(rows: int, at_least: int) -> Drift:
+    """Two windows whose distance is shown to be small by so many rows."""
+    high = 0.05 if rows >= at_least else 0.2
+    return Drift(rows, rows, (ColumnDrift("prediction", "wasserstein", 0.01, 0.5, high=high, error=0.01),), 0.5, 0.001)
+
+
+def test_drift_that_is_not_ruled_out_at_full_length_is_compared_again_while_patience_lasts() -> None:
+    asked = []
+
+    def compare(stable: Any, candidate: Any) -> Drift:
+        asked.append(min(len(stable), len(candidate)))
+        return apart(asked[-1], 1_500)
+
+    seen = rehearse(parse(LONG_PATIENCE), "m", "2", "1", recording(), compare)
+    assert (seen.outcome, [move.label for move in seen.moves]) == (
+        "promoted", ["canary 50 %", "promoting", "watching", "promoted"]
+    ), seen.why  # fmt: skip
+    assert 80.0 <= seen.moves[1].at_s < 90.0, "1,500 rows of each come in 75 s, after a burn-in that does not count"
+    assert asked == sorted(asked), "the rows of all stages are compared, as live"
+    assert len(asked) < 20, "where the live comparisons change nothing, none is made"
+
+
+def test_drift_that_is_never_ruled_out_is_compared_a_limited_number_of_times() -> None:
+    asked = []
+
+    def compare(stable: Any, candidate: Any) -> Drift:
+        asked.append(1)
+        return apart(1_000, 2_000)
+
+    policy = parse(LONG_PATIENCE.replace("300s", "2h"))
+    seen = rehearse(policy, "m", "2", "1", recording(seconds=8000.0, rps=10.0), compare)
+    assert (seen.outcome, "not enough evidence" in seen.why) == ("rolled_back", True)
+    assert len(asked) <= 260
+
+
+def test_comparisons_raise_no_more_alarms_than_live() -> None:
+    """Three comparisons of a stage may raise one (the third a look after its end), however many are made."""
+    asked: list[int] = []
+
+    def compare(stable: Any, candidate: Any) -> Drift:
+        asked.append(min(len(stable), len(candidate)))
+        column = ColumnDrift("prediction", "wasserstein", 3.0, 0.001, high=3.2, error=0.05)
+        return Drift(1000, 1000, (column,), 0.001, 0.001) if len(asked) > 4 else apart(1000, 2000)
+
+    seen = rehearse(parse(LONG_PATIENCE), "m", "2", "1", recording(), compare)
+    assert (seen.outcome, "not enough evidence" in seen.why) == ("rolled_back", True)
+    assert len(asked) > 20
+
+
+def test_an_answer_without_a_prediction_is_no_error() -> None:
+    seen = recording()
+    silent = np.random.default_rng(4).random(len(seen.at)) < 0.3
+    played = play(replace(seen, candidate=np.where(silent, np.nan, seen.candidate)))
+    assert (played.outcome, "disagreement" in played.why, "errors" in played.why) == ("rolled_back", True, False)
+
+
 def test_a_recording_that_is_too_short_says_what_it_lacked() -> None:
     seen = play(recording(seconds=50.0))
     assert (seen.outcome, "canary 10 %" in seen.why) == ("unfinished", True)
@@ -93,5 +162,6 @@ def test_no_traffic_is_no_evidence() -> None:
 @pytest.mark.parametrize("change", [{"at": np.array([2.0, 1.0])}, {"stable": np.array([1.0])}])
 def test_a_recording_that_is_none_is_refused(change: dict[str, Any]) -> None:
     two = {name: np.array([0.1, 0.2]) for name in ("at", "lots", "stable", "candidate")}
+    two |= {name: np.array([False, False]) for name in ("stable_failed", "candidate_failed")}
     with pytest.raises(ValueError, match="recording"):
         Recording(**{**two, **change})
