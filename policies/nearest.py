@@ -12,6 +12,7 @@ from policies.policy import Policy
 from policies.verdict import GateReport, Verdict
 
 _STEP = 1e-4  # of a mean loss
+_STEPS_MAX = round(2.0 / _STEP)  # differences of losses are from -1 to 1
 
 
 def nearest(policy: Policy, stage: int, before: State, evidence: Evidence, report: GateReport) -> str:
@@ -150,16 +151,15 @@ def _moved(sums: Sums, more: Sums, by: float) -> Sums:
 
 
 def _first_other(verdict: Callable[[int], Verdict]) -> int | None:
-    """The number of steps nearest to 0 with another verdict, from -1 to 1; None if there is none that could be."""
+    """The number of steps nearest to 0 with another verdict, from -2 to 2; None if there is none that could be."""
     now, found = verdict(0), []
     for sign in (-1, 1):
-        same, size = 0, 1
-        while size * _STEP <= 1.0 and (word := verdict(sign * size)) is not Verdict.ERROR:  # an error: no such loss
-            if word is not now:
-                found.append(_halved(verdict, now, same, sign * size))
-                break
-            same, size = sign * size, size * 2
-    return min(found, key=abs, default=None)
+        same, other = 0, sign
+        while verdict(other) is now and abs(other) < _STEPS_MAX:
+            same, other = other, sign * min(2 * abs(other), _STEPS_MAX)
+        found.append(_halved(verdict, now, same, other))
+    real = [steps for steps in found if verdict(steps) not in (now, Verdict.ERROR)]  # an error: there is no such loss
+    return min(real, key=abs, default=None)
 
 
 def _halved(verdict: Callable[[int], Verdict], now: Verdict, same: int, other: int) -> int:

@@ -90,7 +90,7 @@ def test_what_could_not_be_read_would_have_had_to_be_read() -> None:
     assert "can be read" in nearest(POLICY, 1, about_to_pass(1), healthy(41), report)
 
 
-@pytest.mark.parametrize("worse", [0.0, 0.02, 0.3])
+@pytest.mark.parametrize("worse", [0.0, 0.02, 0.3, 0.5, 0.8, 0.9, 0.93, 0.95])
 def test_labels(worse: float) -> None:
     """With a mean loss so much lower or higher at this look the word is another one, with a little less it is not."""
     n = 200 * TICKS
