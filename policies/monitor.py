@@ -193,7 +193,7 @@ def _drift(rules: Monitor, gate: LiveDrift, seen: Seen) -> list[GateReport]:
     if fault is not None:
         return [replace(fault, gate=gate) for gate in ("predictions", "inputs")]
     share = alpha(rules)
-    return [*(_compared(gate, group, share, seen) for group in seen.groups), _missing(gate, seen, share)]
+    return [*(_compared(rules, gate, group, seen) for group in seen.groups), _missing(gate, seen, share)]
 
 
 def _few(gate: LiveDrift, group: Group) -> str:
@@ -204,10 +204,10 @@ def _few(gate: LiveDrift, group: Group) -> str:
     return f"{gate.rows_min:,} reference rows (there are {reference:,})" if reference < gate.rows_min else ""
 
 
-def _compared(gate: LiveDrift, group: Group, share: float, seen: Seen) -> GateReport:
+def _compared(rules: Monitor, gate: LiveDrift, group: Group, seen: Seen) -> GateReport:
     """Do the group's columns differ from the reference, in both halves, and by more than the threshold?"""
     columns = group.whole.columns
-    chance = share / len(columns)
+    chance = alpha(rules) / len(columns)
     furthest = max(columns, key=lambda column: (shifts.lower(column, chance), column.statistic))
     low = shifts.lower(furthest, chance)
     high = max(math.inf if column.high is None else column.high for column in columns)
@@ -218,7 +218,7 @@ def _compared(gate: LiveDrift, group: Group, share: float, seen: Seen) -> GateRe
     verdict, needs = Verdict.HOLD, f"more rows, until {gate.threshold:g} is ruled out"
     if few:
         needs = few
-    elif p_half <= math.sqrt(share) and low > gate.threshold:
+    elif p_half <= alpha_half(rules) and low > gate.threshold:
         verdict, needs = Verdict.FAIL, ""
         says += f": drift of more than {gate.threshold:g}; chance of this without one: below {p_half**2:.1g}"
     elif high < gate.threshold:
