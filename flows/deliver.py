@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from flows.checks import Preparation, prepare, run_checks
 from flows.form import PrefectForms
 from flows.pages import Pages
-from flows.policy import find, shelf_in
+from flows.policy import find, for_model, shelf_in
 from flows.publish import Publisher, artifact_key
 from flows.relay import Relay
 from flows.rollout import Controller, Observer, Superseded, abort, over
@@ -196,9 +196,7 @@ def requested(
 
 def deliver_with(ports: Ports, request: Delivery, observers: list[Observer]) -> Outcome:
     """The delivery, on the given ports."""
-    policy = parse(request.policy, "policy")
-    if policy.model not in (None, request.model):
-        raise BadInput(f"policy '{policy.name}' is for model '{policy.model}', not '{request.model}'")
+    policy = for_model(parse(request.policy, "policy"), request.model)
     if policy.rollout.gates.drift is not None:
         ports.telemetry.warm()
     preparation = prepare(ports, policy, request_submission(request), Path(request.policy_folder))

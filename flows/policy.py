@@ -33,6 +33,13 @@ def find(shelf: Path, wanted: str) -> Found:
     return read(next((path for path in named if path.is_file()), named[0]), wanted, shelf)
 
 
+def for_model(policy: Policy, model: str) -> Policy:
+    """The policy. Raises BadInput for one that says that it is for another model."""
+    if policy.model not in (None, model):
+        raise BadInput(f"policy '{policy.name}' is for model '{policy.model}', not '{model}'")
+    return policy
+
+
 def read(path: Path, wanted: str, shelf: Path) -> Found:
     """The policy in the file. Raises as `find` does."""
     try:
@@ -49,7 +56,10 @@ def known(shelf: Path) -> list[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*.yaml") if not file.stem.endswith("expectations"))
+    try:
+        return sorted(file for file in folder.glob("*.yaml") if not file.stem.endswith("expectations"))
+    except OSError as exc:
+        raise BadInput(f"the policies in {folder} cannot be looked at: {exc.strerror or exc}") from exc
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Shelf:
 
 
 def shelf_in(folder: Path) -> Shelf:
-    """The policies in the folder; none where there is no folder."""
+    """The policies in the folder; none where there is no folder. Raises BadInput for one that is closed."""
     sound: list[Found] = []
     unsound: dict[str, str] = {}
     for path in _files(folder):

@@ -9,7 +9,7 @@ from typing import Any
 from prefect import flow
 
 from flows.deliver import in_prefect
-from flows.policy import find, shelf_in
+from flows.policy import find, for_model, shelf_in
 from flows.settings import Settings
 from flows.wiring import Candidate, connect, recordings
 from policies.rehearsal import rehearse as played
@@ -46,24 +46,23 @@ def rehearse(
         raise BadInput("say what to rehearse with `version` or `file`, not with both")
     if not (rps > 0 and hours > 0):
         raise BadInput(f"`rps` and `hours` are above zero, not {rps:g} and {hours:g}")
-    ports = connect()
     shelf = Settings().shelf
     found = find(shelf, policy) if policy else shelf_in(shelf).policy_for(model)
     if found is None:
         raise BadInput(f"no policy in {shelf} says `model: {model}`; name one")
+    rules = for_model(found.policy, model)
+    ports = connect()
     stable = _serving(ports, model)
     label, candidate = _candidate(ports, model, version, file)
     source = recordings()
     if rows is None:
-        recording, compare = source.sampled(found.policy, model, stable, candidate, hours)
+        recording, compare = source.sampled(rules, model, stable, candidate, hours)
     else:
         former = _of_version(ports, model, stable)
-        recording, compare = source.in_file(found.policy, Path(rows), rps, former, candidate)
-    seen = played(found.policy, model, label, stable, recording, compare)
+        recording, compare = source.in_file(rules, Path(rows), rps, former, candidate)
+    seen = played(rules, model, label, stable, recording, compare)
     began = float(recording.at[0]) if rows is None else None
-    return {"model": model, "candidate": label, "stable": stable, "policy": found.policy.name, "began": began} | asdict(
-        seen
-    )
+    return {"model": model, "candidate": label, "stable": stable, "policy": rules.name, "began": began} | asdict(seen)
 
 
 def _serving(ports: Ports, model: str) -> str:
