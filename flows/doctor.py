@@ -65,7 +65,10 @@ def variables(environment: Mapping[str, str]) -> Finding:
 
 def policies(settings: Settings) -> Finding:
     """The platform's own policies can be read, and no two are for one model."""
-    shelf = shelf_in(settings.shelf)
+    try:
+        shelf = shelf_in(settings.shelf)
+    except BadInput as exc:
+        return Finding("policies", False, str(exc), "make it readable, or set LOCKGATE_POLICIES")
     wrong = [f"{name}: {why}" for name, why in shelf.unsound.items()]
     for model in sorted({each.policy.model for each in shelf.sound if each.policy.model}):
         try:

@@ -147,7 +147,7 @@ def _server(text: str) -> URL:
 
     try:
         url = make_url(text)
-    except ArgumentError as exc:
+    except (ArgumentError, ValueError) as exc:  # a port that is no number is a ValueError
         raise BadInput("the database cannot be read as a URL; write postgresql://user@host:5432/") from exc
     if url.get_backend_name() not in ("postgresql", "postgres") or not url.username:
         raise BadInput(f"'{shown(text)}' names no PostgreSQL server and role; write postgresql://user@host:5432/")

@@ -11,7 +11,9 @@ import stat
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -30,6 +32,12 @@ _TIMEOUT_S = 10.0
 _SKEW_S = 5.0
 _LATE_S = 60.0
 _PYTHON = ((3, 11), (3, 12))
+# What asking a server ends with: no answer, no address, or an answer that is none of its own.
+_UNTOLD = (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError)
+_LOG_IN = {
+    "Prefect": "PREFECT_API_AUTH_STRING or PREFECT_API_KEY",
+    "MLflow": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+}
 
 # What other versions are known to do, told with what `pip` alone would not say.
 BREAKS = {
@@ -107,8 +115,8 @@ def envoy() -> Finding:
 
 def folder(home: Path) -> Finding:
     """There is room for what is written there, and it can be written."""
-    existing = next(each for each in (home, *home.parents) if each.exists())
-    if not os.access(existing, os.W_OK):
+    existing = next(each for each in (home, *home.parents) if _is_seen(each))
+    if not os.access(existing, os.W_OK | os.X_OK):
         return Finding("data folder", False, f"{existing} cannot be written", "make it writable, or set LOCKGATE_HOME")
     left = shutil.disk_usage(existing).free
     room = f"{left / 1024**3:.1f} GiB are left in {home}"
@@ -117,9 +125,13 @@ def folder(home: Path) -> Finding:
 
 def permissions(home: Path) -> Finding:
     """What is secret can be read by its owner alone."""
-    private = [home, home / "secrets", *_files(home / "secrets"), home / "agent"]
-    private += [home / "agent" / "agent.token", home / "agent" / "agent.sock"]
-    wide = [path for path in private if path.exists() and _others_may(path)]
+    try:
+        private = [home, home / "secrets", *_files(home / "secrets"), home / "agent"]
+        private += [home / "agent" / "agent.token", home / "agent" / "agent.sock"]
+        wide = [path for path in private if path.exists() and _others_may(path)]
+    except OSError as exc:
+        says = f"{exc.filename} cannot be looked at: {exc.strerror or exc}"
+        return Finding("permissions", False, says, "ask as the user who runs the platform, or set LOCKGATE_HOME")
     if wide:
         return Finding(
             "permissions",
@@ -128,6 +140,14 @@ def permissions(home: Path) -> Finding:
             f"chmod go-rwx {' '.join(str(path) for path in wide)}",
         )
     return Finding("permissions", True, "secrets and sockets are their owner's alone")
+
+
+def _is_seen(path: Path) -> bool:
+    """Whether it is there, as far as this user may look: not below a folder that is closed to it."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _files(within: Path) -> list[Path]:
@@ -169,7 +189,7 @@ def answers(url: str, within_s: float) -> bool:
     """Whether somebody says 200 there; at once False where nobody listens."""
     try:
         return httpx.get(url, timeout=within_s).status_code == httpx.codes.OK
-    except httpx.TransportError:
+    except (httpx.TransportError, httpx.InvalidURL):
         return False
 
 
@@ -186,16 +206,17 @@ def mlflow(url: str) -> Iterator[Finding]:
 def _server(name: str, url: str, at: str, package: str) -> Iterator[Finding]:
     todo = f"see its log in the folder `logs`, or set LOCKGATE_{name.upper()}_URL"
     try:
-        answer = httpx.get(at, timeout=_TIMEOUT_S)
+        answer = _get(name, at)
         answer.raise_for_status()
-    except httpx.HTTPError as exc:
-        yield Finding(name, False, f"{url} does not answer: {exc or type(exc).__name__}", todo)
+    except _UNTOLD as exc:
+        yield _untold(name, name, exc, f"{url} does not answer", todo)
         return
-    there, here = answer.text.strip().strip('"'), version(package)
+    there, here = answer.text.strip().strip('"')[:40], version(package)
     yield Finding(name, there == here, f"{there} on {url}", f"this command has {here}: use one environment for both")
-    dated = answer.headers.get("date")
-    if dated is not None:
-        skew = parsedate_to_datetime(dated).timestamp() - time.time()
+    skew = None
+    with suppress(KeyError, ValueError):
+        skew = parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
+    if skew is not None:
         yield Finding(f"clock of {name}", abs(skew) <= _SKEW_S, f"{abs(skew):.0f} s from this one", "run NTP on both")
 
 
@@ -203,7 +224,7 @@ def schedules(api: str, scheduled: list[str], queue: str) -> Finding:
     """Each schedule has a next run, and nothing waits in the queue where nothing should."""
     try:
         for name in scheduled:
-            deployment = _json(httpx.get(f"{api}/deployments/name/{name}", timeout=_TIMEOUT_S))
+            deployment = _json(_get("Prefect", f"{api}/deployments/name/{name}"))
             here = {"deployments": {"id": {"any_": [deployment["id"]]}}}
             runs = _json(_ask(f"{api}/flow_runs/filter", {**here, **_state("SCHEDULED"), "limit": 1}))
             if deployment["paused"]:
@@ -217,8 +238,8 @@ def schedules(api: str, scheduled: list[str], queue: str) -> Finding:
             "work_pool_queues": {"name": {"any_": [queue]}},
         }
         late = _json(_ask(f"{api}/flow_runs/filter", {**waiting, "limit": 200}))
-    except (httpx.HTTPError, KeyError, ValueError) as exc:
-        return Finding("schedules", False, f"Prefect could not be asked: {exc}", "see: lockgate status")
+    except _UNTOLD as exc:
+        return _untold("schedules", "Prefect", exc, "Prefect could not be asked", "see: lockgate status")
     if late:
         names = ", ".join(sorted({run["name"] for run in late})[:3])
         says = f"{len(late)} runs are late, among them {names}"
@@ -231,9 +252,9 @@ def worker(api: str, pool: str) -> Finding:
     todo = "`lockgate up` starts one; see its log `worker.log`"
     try:
         workers = _json(_ask(f"{api}/work_pools/{pool}/workers/filter", {}))
-        paused = _json(httpx.get(f"{api}/work_pools/{pool}", timeout=_TIMEOUT_S))["is_paused"]
-    except (httpx.HTTPError, KeyError, ValueError) as exc:
-        return Finding("worker", False, f"Prefect could not be asked: {exc}", todo)
+        paused = _json(_get("Prefect", f"{api}/work_pools/{pool}"))["is_paused"]
+    except _UNTOLD as exc:
+        return _untold("worker", "Prefect", exc, "Prefect could not be asked", todo)
     if paused:
         return Finding("worker", False, f"the work pool {pool} is paused", f"prefect work-pool resume {pool}")
     online = [each for each in workers if each["status"] == "ONLINE"]
@@ -265,7 +286,7 @@ def hints(addresses: Addresses, mlflow_url: str | None, cache: Path) -> Iterator
         never = ago > 1e8
         says = "it has not looked at the registry yet" if never else f"looked at the registry {ago:.0f} s ago"
         yield Finding("trigger receiver", answer.status_code == 200, says, todo)
-    except (httpx.HTTPError, KeyError, ValueError) as exc:
+    except _UNTOLD as exc:
         yield Finding("trigger receiver", False, f"it does not answer: {exc}", todo)
     if mlflow_url is not None:
         yield Finding("webhooks", True, "the registry is elsewhere: it is polled")
@@ -281,8 +302,33 @@ def hints(addresses: Addresses, mlflow_url: str | None, cache: Path) -> Iterator
     yield Finding("webhooks", there, says, "restart the receiver: it subscribes when it starts")
 
 
+def _untold(what: str, server: str, exc: Exception, says: str, todo: str) -> Finding:
+    """A server told nothing: because it wants to know who asks, or for another reason."""
+    if isinstance(exc, httpx.HTTPStatusError) and exc.response.status_code in (401, 403):
+        wants = f"{server} answers, and wants another log-in than it got ({exc.response.status_code})"
+        return Finding(what, False, wants, f"set {_LOG_IN[server]}")
+    return Finding(what, False, f"{says}: {str(exc) or type(exc).__name__}", todo)
+
+
+def _log_in(server: str) -> dict[str, str]:
+    """The header with which the server's own client logs in, from the variables that it reads. The client is not asked:
+    importing either takes seconds, and Prefect's makes its folder."""
+    if server == "Prefect":
+        basic, token = os.environ.get("PREFECT_API_AUTH_STRING"), os.environ.get("PREFECT_API_KEY")
+    else:
+        who = [os.environ.get(f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD")]
+        basic, token = ":".join(map(str, who)) if all(who) else None, os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if basic:
+        return {"Authorization": f"Basic {b64encode(basic.encode()).decode()}"}
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _get(server: str, url: str) -> httpx.Response:
+    return httpx.get(url, headers=_log_in(server), timeout=_TIMEOUT_S)
+
+
 def _ask(url: str, body: Mapping[str, Any]) -> httpx.Response:
-    return httpx.post(url, json=body, timeout=_TIMEOUT_S)
+    return httpx.post(url, json=body, headers=_log_in("Prefect"), timeout=_TIMEOUT_S)
 
 
 def _json(answer: httpx.Response) -> Any:

@@ -116,6 +116,8 @@ def running(home: Path) -> Addresses | None:
         return None
     except (ValueError, TypeError) as exc:
         raise PortError(f"{file} cannot be read: {exc}; stop what runs there and delete the file") from exc
+    except OSError as exc:
+        raise PortError(f"{file} cannot be read: {exc.strerror or exc}") from exc
     with contextlib.suppress(psutil.NoSuchProcess):
         if abs(psutil.Process(addresses.pid).create_time() - addresses.started) < 1.0:
             return addresses

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from flows.doctor import policies, traffic, variables
 from flows.settings import Settings
+from flows.story import fold
 from infra import health_local as health
-from infra.platform_local import free_port
-from policies.events import Requested, to_body
+from infra.platform_local import free_port, running
+from policies.events import Checked, Do, Done, Phase, Requested, to_body
 from policies.policy import parse
 from policies.rollout import terms
 from policies.traffic import Route
+from policies.verdict import Verdict
+from tasks.ports import PortError
 from tests.fakes.ledger import FakeLedger
 
 POLICY = "policy: p\nrollout: {stages: [canary: {weight: 10, for: 5s}]}\n"
@@ -77,8 +85,8 @@ def test_policies_that_cannot_be_read_or_contradict_each_other_are_told(tmp_path
     assert policies(settings).ok
 
 
-def in_canary() -> FakeLedger:
-    """A ledger with one rollout of m's version 2 that has 10 % by epoch 4, written at 100 s."""
+def asked_for() -> FakeLedger:
+    """A ledger with one rollout of m's version 2, written at 100 s, that has not begun."""
     book = FakeLedger(lambda: 100.0)
     policy = parse(POLICY)
     kind, body = to_body(Requested(100.0, 0, "m", "2", "digest", "1", terms(policy)))
@@ -86,11 +94,123 @@ def in_canary() -> FakeLedger:
     return book
 
 
+def in_canary() -> tuple[FakeLedger, int]:
+    """The same rollout with 10 % of the traffic, and the epoch by which it has them."""
+    book = asked_for()
+    while (state := fold(book.read("r"))) is not None and (state.phase is not Phase.CANARY or state.pending):
+        effect = state.pending[0]
+        checked = Checked(100.0, 0, Verdict.PASS, "")
+        kind, body = to_body(checked if effect.do is Do.CHECK else Done(100.0, 0, effect.id))
+        book.append("r", len(book.read("r")) + 1, 100.0, "t", kind, body)
+    assert state is not None
+    return book, state.epoch
+
+
 def test_a_share_that_no_rollout_gave_and_one_that_is_missing_are_told() -> None:
     held = {"m": Route("m", stable="1", candidate="2", weight=10, epoch=4)}
     seen = traffic(FakeLedger(lambda: 100.0), [], held, 100.0)
     assert (seen.ok, "no rollout under way gave it" in seen.says) == (False, True)
-    assert traffic(in_canary(), ["r"], {"m": Route("m", stable="1", epoch=1)}, 100.0).ok, "it has not begun"
+    none = {"m": Route("m", stable="1", epoch=1)}
+    assert traffic(asked_for(), ["r"], none, 100.0).ok, "it has not begun"
+    book, epoch = in_canary()
+    for other in (none, {"m": replace(held["m"], epoch=epoch + 1)}, {}):
+        seen = traffic(book, ["r"], other, 100.0)
+        assert (seen.ok, seen.says) == (False, f"r thinks that v2 has traffic by epoch {epoch}; it has not")
+
+
+def test_a_rollout_that_nobody_drives_is_told() -> None:
+    book, epoch = in_canary()
+    held = {"m": Route("m", stable="1", candidate="2", weight=10, epoch=epoch)}
+    assert traffic(book, ["r"], held, 100.0).ok
+    lease = parse(POLICY).rollout.lease
+    assert traffic(book, ["r"], held, 100.0 + lease + 59.0).ok
+    seen = traffic(book, ["r"], held, 100.0 + lease + 61.0)
+    assert (seen.ok, seen.says) == (False, f"nobody has driven r for {lease + 61.0:.0f} s")
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A home below a folder that this process may not enter."""
+    closed = tmp_path / "closed"
+    (closed / "home").mkdir(parents=True)
+    closed.chmod(0)
+    if root := os.getuid() == 0:  # whom no folder is closed to
+        os.setresuid(65534, 65534, 0)
+    yield closed / "home"
+    if root:
+        os.setresuid(0, 0, 0)
+    closed.chmod(0o700)
+
+
+def test_a_home_below_a_closed_folder_is_told(closed: Path) -> None:
+    assert not health.folder(closed).ok
+    assert "cannot be looked at: Permission denied" in health.permissions(closed).says
+    assert "cannot be looked at: Permission denied" in policies(Settings(home=closed)).says
+    with pytest.raises(PortError, match="Permission denied"):
+        running(closed)
+
+
+@pytest.mark.parametrize("url", ["http://host:port", "nonsense", "http://[::1"])
+def test_what_is_no_address_is_told(url: str) -> None:
+    for seen in (next(health.prefect(url)), next(health.mlflow(url)), health.worker(url, "p")):
+        assert (seen.ok, bool(seen.says and seen.todo)) == (False, True)
+    assert not health.schedules(url, ["a/b"], "q").ok
+    assert not health.answers(url, 1.0)
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """A server that tells its version to whoever logs in as ann."""
+
+    def do_GET(self) -> None:
+        known = self.headers["Authorization"] in ("Basic YW5uOnNlY3JldA==", "Bearer token")
+        self.send_response(200 if known else 401)
+        self.end_headers()
+        self.wfile.write(version("prefect" if "api" in self.path else "mlflow").encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def guarded() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "log_ins"),
+    [
+        ("Prefect", [{"PREFECT_API_AUTH_STRING": "ann:secret"}, {"PREFECT_API_KEY": "token"}]),
+        (
+            "MLflow",
+            [
+                {"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": "secret"},
+                {"MLFLOW_TRACKING_TOKEN": "token"},
+            ],
+        ),
+    ],
+)
+def test_a_server_that_wants_a_log_in_is_asked_with_its_client_s_and_else_it_is_told_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, guarded: str, name: str, log_ins: list[dict[str, str]]
+) -> None:
+    ask = {"Prefect": health.prefect, "MLflow": health.mlflow}[name]
+    seen = next(ask(guarded))
+    assert (seen.ok, "wants another log-in" in seen.says) == (False, True)
+    for log_in in log_ins:
+        assert all(variable in seen.todo for variable in log_in)
+        with monkeypatch.context() as patched:
+            for variable, value in log_in.items():
+                patched.setenv(variable, value)
+            assert all(each.ok for each in ask(guarded))
+    if name == "Prefect":
+        assert "wants another log-in" in health.worker(f"{guarded}/api", "p").says
+        assert "wants another log-in" in health.schedules(f"{guarded}/api", ["a/b"], "q").says
 
 
 @pytest.mark.parametrize("file", [None, "home = 3\nnosuch = 1\n"])

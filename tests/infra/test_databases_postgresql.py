@@ -22,7 +22,7 @@ def test_each_has_a_database_and_a_driver_of_its_own_and_no_password_is_shown() 
     assert databases(Path("/h"), None).ledger == "sqlite:////h/ledger.db"
 
 
-@pytest.mark.parametrize("url", ["mysql://a@b/", "postgresql://host/", "nonsense"])
+@pytest.mark.parametrize("url", ["mysql://a@b/", "postgresql://host/", "nonsense", "postgresql://u@h:abc/"])
 def test_what_names_no_server_and_role_is_one_sentence(url: str) -> None:
     with pytest.raises(BadInput, match="write postgresql://"):
         databases(Path("/h"), url)
