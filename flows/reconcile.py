@@ -77,7 +77,7 @@ def reconcile(at_once: bool = False) -> dict[str, Any]:
         done.left["registry"] = str(exc)
     try:
         Relay(ports.ledger, herald(), PrefectForms()).pass_on()
-    except PortError as exc:
+    except (PortError, ValueError) as exc:  # the latter: a ledger that does not fit, which `audit verify` tells
         done.left["events and forms"] = str(exc)
     return asdict(done)
 
@@ -121,15 +121,23 @@ def reconcile_with(
 ) -> Pass:
     """One pass, on the given ports. What cannot be done now is named in `left`, and stands in nobody's way."""
     done = Pass()
-    _obey(ports, who, cancelled, done)
-    jobs: list[Callable[[], None]] = []
-    for name in ports.ledger.unsettled():
-        entries = ports.ledger.read(name)
-        now = ports.clock.now()
-        if (at_once and not _only_waits(entries, now)) or _abandoned(entries, now):
-            controller = Controller(ports, name, f"{who}/{uuid.uuid4().hex[:6]}", run, checks_of(entries), observe)
-            jobs.append(_job(done, name, partial(_go_on, controller, entries, done)))
-    all_of(jobs)
+    going_back = [name for name in ports.ledger.unsettled() if _state(ports, name).phase is Phase.ROLLING_BACK]
+
+    def take_over(names: Collection[str]) -> None:
+        jobs: list[Callable[[], None]] = []
+        for name in names:
+            entries = ports.ledger.read(name)
+            now = ports.clock.now()
+            if (at_once and not _only_waits(entries, now)) or _abandoned(entries, now):
+                controller = Controller(ports, name, f"{who}/{uuid.uuid4().hex[:6]}", run, checks_of(entries), observe)
+                jobs.append(_job(done, name, partial(_go_on, controller, entries, done)))
+        all_of(jobs)
+
+    def obey_and_take_over() -> None:
+        _obey(ports, who, cancelled, done)
+        take_over([name for name in ports.ledger.unsettled() if name not in going_back])
+
+    all_of([partial(take_over, going_back), obey_and_take_over])  # a way back waits for no word from Prefect
     try:
         models = sorted(ports.router.routes())
     except PortError as exc:

@@ -124,13 +124,23 @@ def _run(found: Any) -> Run:
 
 
 @contextmanager
-def client() -> Iterator[Any]:
+def client(timeout_s: float | None = None) -> Iterator[Any]:
+    """A client of the server, which asks once: whoever needs it more asks again, and Prefect's own tries take minutes.
+
+    Raises PortError where there is no answer within `timeout_s` (else 5), a refusal, or not what was asked for.
+    """
     import httpx
     from prefect.client.orchestration import get_client
-    from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     try:
-        with get_client(httpx_settings={"timeout": _TIMEOUT_S}, sync_client=True) as client:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),  # in this thread's context alone
+            get_client(httpx_settings={"timeout": timeout_s or _TIMEOUT_S}, sync_client=True) as client,
+        ):
             yield client
     except (httpx.HTTPError, PrefectHTTPStatusError) as exc:
         raise PortError(f"the Prefect server does not answer: {exc}") from exc
+    except ObjectNotFound as exc:  # which says nothing itself
+        raise PortError(f"the Prefect server has it no more: {exc.http_exc}") from exc

@@ -75,16 +75,25 @@ class PrefectHerald:
 
 @contextmanager
 def _server(failed: str) -> Iterator[Any]:
-    """A client of the server; where it cannot be had or says no, PortError with what has failed."""
+    """A client of the server, which asks once: the callers try again, and Prefect's own tries take minutes.
+
+    Where it cannot be had or says no, PortError with what has failed.
+    """
     import httpx
     from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     try:
-        with get_client(sync_client=True, httpx_settings={"timeout": _TIMEOUT_S}) as client:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),  # in this thread's context alone
+            get_client(sync_client=True, httpx_settings={"timeout": _TIMEOUT_S}) as client,
+        ):
             yield client
-    except (httpx.HTTPError, PrefectHTTPStatusError, ObjectAlreadyExists) as exc:
+    except (httpx.HTTPError, PrefectHTTPStatusError) as exc:
         raise PortError(f"{failed}: {exc}") from exc
+    except (ObjectAlreadyExists, ObjectNotFound) as exc:  # which say nothing themselves
+        raise PortError(f"{failed}: {exc.http_exc}") from exc
 
 
 def _related(role: str, name: str, shown: str) -> dict[str, str]:

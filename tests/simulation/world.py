@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -285,8 +286,14 @@ class Run:
         self.actors.spawn(f"reconcile {number}", work, after)
 
     def _side_by_side(self, jobs: Sequence[Callable[[], None]]) -> None:
+        def tried(job: Callable[[], None]) -> None:
+            try:
+                job()
+            except PortError as exc:
+                self._say(f"a part of the pass could not look: {exc!r}")  # the next one will
+
         for job in jobs:
-            self.actors.spawn("reconcile job", job)
+            self.actors.spawn("reconcile job", partial(tried, job))
 
     def _fate(self) -> None:
         happens = sorted([*((at, 0.0) for at in self.made.deaths), *self.made.jumps])

@@ -94,6 +94,35 @@ def test_a_prefect_server_that_is_away_keeps_no_rollout_waiting() -> None:
     assert "does not answer" in done.left["cancelled flow runs"]
 
 
+def test_a_rollout_on_its_way_back_does_not_wait_for_an_answer_from_prefect() -> None:
+    world = World().given("2", errors=0.5)
+    world.ledger.claim(MODEL, "local", "r1")
+    controller = world.controller(world.request(flow_run="run-1"))
+
+    append = world.ledger.append
+
+    def dies(*args: Any, **named: Any) -> Any:
+        entry = append(*args, **named)
+        state = world.ledger._state("r1")
+        if state is not None and state.phase is Phase.ROLLING_BACK:
+            world.ledger.append = append  # type: ignore[method-assign]
+            raise Died
+        return entry
+
+    world.ledger.append = dies  # type: ignore[method-assign]
+    with pytest.raises(Died):
+        controller.drive()
+    when_asked: list[Phase] = []
+
+    def hangs(_runs: Collection[str]) -> Collection[str]:
+        state = world.ledger._state("r1")
+        when_asked.extend([state.phase] if state is not None else [])
+        return ()
+
+    assert a_pass(world, at_once=True, cancelled=hangs).driven == {"r1": "rolled back"}
+    assert when_asked == [Phase.ROLLED_BACK]
+
+
 def test_a_rollout_whose_controller_died_for_longer_than_its_lease_ends_on_stable() -> None:
     world = World()
     dies_after(world, 15.0)
