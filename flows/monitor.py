@@ -21,8 +21,9 @@ from typing import Any
 from prefect import flow
 
 from flows.deliver import in_prefect, whoami
+from flows.page import rows
 from flows.policy import Found, find
-from flows.publish import artifact_key, rows
+from flows.publish import artifact_key
 from flows.rollback import take_back
 from flows.rollout import Runner
 from flows.settings import Settings

@@ -295,3 +295,24 @@ def _line(stage: str, share: int, copies: int, since: str, seconds: str, span: S
         "verdict": span.verdict if span else "",
         "says": span.says if span else "to come",
     }
+
+
+# ---------------------------------------------------------------- the gates, for a table of their own
+
+
+def rows(reports: Sequence[GateReport]) -> list[dict[str, Any]]:
+    """The gates' reports as a table for people."""
+    return [
+        {
+            "gate": report.gate,
+            "verdict": str(report.verdict),
+            "estimate": _number(report.estimate),
+            "interval": f"{_number(report.low)} .. {_number(report.high)}",
+            "threshold": _number(report.threshold),
+            "unit": report.unit,
+            "n": report.n,
+            "says": report.says,
+            "needs": report.needs,
+        }
+        for report in reports
+    ]

@@ -11,50 +11,29 @@ import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
-import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
-from prefect.exceptions import PrefectHTTPStatusError
 
 from flows.page import Seen, Shown, page, stages, title
 from flows.rollout import Progress
+from flows.runs import client
 from flows.story import run_of, share_done, target_of
-from policies.verdict import GateReport
-from tasks.ports import Ledger, PortError
+from tasks.ports import Ledger
 
 _EVERY_S = 4.0
+_LAST_TRIES, _LAST_EVERY_S = 3, 1.0  # at the end, which nothing newer follows
 _TIMEOUT_S = 10.0
+_WAIT_S = 5.0
 log = logging.getLogger("lockgate.publish")
 
 Links = Callable[[str, str], Mapping[str, str]]  # of a model and its version
-
-
-def rows(reports: tuple[GateReport, ...]) -> list[dict[str, Any]]:
-    """The gates' reports as a table for people."""
-    return [
-        {
-            "gate": report.gate,
-            "verdict": str(report.verdict),
-            "estimate": _number(report.estimate),
-            "interval": f"{_number(report.low)} .. {_number(report.high)}",
-            "threshold": _number(report.threshold),
-            "unit": report.unit,
-            "n": report.n,
-            "says": report.says,
-            "needs": report.needs,
-        }
-        for report in reports
-    ]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
 
 
 def artifact_key(model: str, what: str) -> str:
@@ -79,13 +58,13 @@ class Publisher:
         links: Links = lambda _model, _version: {},
         then: Callable[[], object] = lambda: None,
     ) -> None:
-        """`then` is called after each move that was published, in the publisher's thread."""
+        """`then` is called after each move that was published, in the publisher's thread, until it succeeds."""
         self.flow_run, self.target, self.ledger, self.links, self.then = flow_run, target, ledger, links, then
         self._newest: Progress | None = None
         self._look: Progress | None = None
         self._more: dict[str, str] = {}
         self._published: Progress | None = None
-        self._name, self._moved_by = "", 0
+        self._name, self._moved_by, self._passed_on = "", 0, 0
         self._artifacts: dict[str, UUID] = {}
         self._problem = ""
         self._due, self._closing = threading.Event(), threading.Event()
@@ -106,30 +85,52 @@ class Publisher:
         self._more[name] = to
         self._published = None
 
-    def close(self, wait_s: float = 5.0) -> None:
-        """Publishes how it stands at the end, for at most `wait_s` seconds."""
+    def end(self) -> None:
+        """How it stands now is the end; `close` waits until that is published."""
         self._closing.set()
         self._due.set()
+
+    def close(self, wait_s: float = _WAIT_S) -> None:
+        """Publishes how it stands at the end, for at most `wait_s` seconds."""
+        self.end()
         self._thread.join(wait_s)
-        if self._problem:
-            log.warning("the Prefect server was not told all; the ledger has it: %s", self._problem)
+        problem = self._problem or (f"no answer in {wait_s:.0f} s" if self._thread.is_alive() else "")
+        if problem:
+            log.warning("the Prefect server was not told all; the ledger has it: %s", problem)
 
     def _work(self) -> None:
-        with get_client(sync_client=True, httpx_settings={"timeout": _TIMEOUT_S}) as client:
-            last = False
-            while not last:
-                self._due.wait(_EVERY_S)
-                self._due.clear()
-                last, newest = self._closing.is_set(), self._newest
-                if newest is None or newest is self._published:
-                    continue
-                self._published = newest
-                try:
-                    self._publish(client, newest)
-                    self._problem = ""
-                except (httpx.HTTPError, PrefectHTTPStatusError, PortError) as exc:
-                    self._published = None  # it is tried again, with whatever is newest then
-                    self._problem = str(exc)
+        while not self._closing.is_set():
+            self._due.wait(_EVERY_S)
+            self._due.clear()
+            self._bring_up_to_date()
+        for _ in range(_LAST_TRIES):
+            self._bring_up_to_date()
+            if not self._problem:
+                return
+            time.sleep(_LAST_EVERY_S)
+
+    def _bring_up_to_date(self) -> None:
+        """What fails is tried again, with whatever is newest then: whatever it is, as nobody restarts the thread."""
+        newest = self._newest
+        if newest is None:
+            return
+        try:
+            if newest is not self._published:
+                self._published = newest  # before it is: `link` may say meanwhile that there is more
+                with client(_TIMEOUT_S) as server:
+                    self._publish(server, newest)
+        except Exception as exc:  # noqa: BLE001 - as said above
+            self._published = None
+            self._artifacts.clear()  # somebody may have deleted one
+            self._problem = f"{type(exc).__name__}: {exc}"
+            return
+        try:
+            if self._moved_by != self._passed_on:
+                self.then()
+                self._passed_on = self._moved_by
+            self._problem = ""
+        except Exception as exc:  # noqa: BLE001 - as above; what was published need not be published again
+            self._problem = f"{type(exc).__name__}: {exc}"
 
     def _publish(self, client: SyncPrefectClient, progress: Progress) -> None:
         state = progress.state
@@ -153,7 +154,6 @@ class Publisher:
             self._show(
                 client, state.model, "stages", "table", table, f"{state.model} v{state.candidate}, stage by stage"
             )
-        self.then()
         self._moved_by = state.moved_by
 
     def _shown(self, progress: Progress) -> Shown:
@@ -204,7 +204,10 @@ class Publishers:
             self._of[progress.rollout] = made
         self._of[progress.rollout](progress)
 
-    def close(self) -> None:
-        """All that was observed is published, or was tried to be."""
+    def close(self, wait_s: float = _WAIT_S) -> None:
+        """All that was observed is published, or was tried to be, for at most `wait_s` seconds in all."""
+        until = time.monotonic() + wait_s
+        for each in self._of.values():
+            each.end()
         while self._of:
-            self._of.popitem()[1].close()
+            self._of.popitem()[1].close(max(0.0, until - time.monotonic()))

@@ -1,0 +1,125 @@
+"""What publishes lives as long as its rollout, whatever the server says; and whoever ends many waits once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from flows import publish
+from flows.publish import Publisher, Publishers
+from flows.rollout import Progress
+from tests.stories.world import World
+
+WAIT_S = 20.0
+
+
+class FakeServer:
+    """The part of Prefect's client that a publisher uses; `error` is raised once, by the next call."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.made: list[str] = []
+        self.rewritten = 0
+
+    def create_artifact(self, artifact: Any) -> Any:
+        self._up()
+        self.made.append(artifact.key)
+        return type("Made", (), {"id": len(self.made)})
+
+    def update_artifact(self, *_: Any) -> None:
+        self._up()
+        self.rewritten += 1
+
+    def _up(self) -> None:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    made = FakeServer()
+
+    @contextmanager
+    def client(_timeout_s: float) -> Iterator[FakeServer]:
+        yield made
+
+    monkeypatch.setattr(publish, "client", client)
+    monkeypatch.setattr(publish, "_EVERY_S", 0.01)
+    monkeypatch.setattr(publish, "_LAST_EVERY_S", 0.01)
+    return made
+
+
+def seen() -> list[Progress]:
+    world = World()
+    world.drive()
+    return world.seen
+
+
+def comes_true(what: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_no_error_ends_the_publisher(server: FakeServer) -> None:
+    server.error = RuntimeError("what nobody has thought of (by the test)")
+    publisher = Publisher(None, "local")
+    publisher(seen()[0])
+    publisher.close(WAIT_S)
+    assert server.made == ["m-rollout", "m-progress"]
+
+
+def test_a_relay_that_fails_is_called_again_and_nothing_is_published_again(server: FakeServer) -> None:
+    calls: list[int] = []
+
+    def then() -> None:
+        calls.append(len(calls))
+        if len(calls) < 4:
+            raise KeyError("a relay's own fault (by the test)")
+
+    publisher = Publisher(None, "local", then=then)
+    publisher(seen()[0])
+    comes_true(lambda: len(calls) == 4)
+    publisher.close(WAIT_S)
+    assert (server.made, server.rewritten, len(calls)) == (["m-rollout", "m-progress"], 0, 4)
+
+
+def test_what_nobody_was_told_is_said_at_the_end(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    def then() -> None:
+        raise KeyError("a relay's own fault (by the test)")
+
+    publisher = Publisher(None, "local", then=then)
+    publisher(seen()[0])
+    publisher.close(WAIT_S)
+    assert "was not told all" in caplog.text
+    assert "KeyError" in caplog.text
+
+
+def test_many_publishers_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other they would hold the reconciler up for as many times as long as there are rollouts."""
+    free = threading.Event()
+
+    @contextmanager
+    def hangs(_timeout_s: float) -> Iterator[FakeServer]:
+        free.wait(WAIT_S)
+        yield FakeServer()
+
+    monkeypatch.setattr(publish, "client", hangs)
+    world = World()
+    for name in ("r1", "r2", "r3", "r4", "r5", "r6"):
+        world.drive(name)
+    publishers = Publishers(world.ledger, lambda _model, _version: {})
+    for progress in world.seen:
+        publishers(progress)
+    since = time.monotonic()
+    publishers.close(0.5)
+    took = time.monotonic() - since
+    free.set()
+    assert 0.5 <= took < 1.5
