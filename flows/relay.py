@@ -2,7 +2,8 @@
 form for each question that people are asked.
 
 Told from the ledger alone, whoever drives the rollout, so that nothing is lost with a controller and no decision waits
-for Prefect. How far it was told is kept on the server; what is told twice is the same event there.
+for Prefect. How far it was told is kept on the server, where several relays look before they tell: what is told twice
+is the same event there for minutes only, and would later set off automations again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from policies import audit
 from policies.events import KINDS, from_body
 from policies.rollout import Rollout, step
 from policies.transitions import transitions
-from tasks.ports import Ledger, PortError
+from tasks.ports import Ledger
 from tasks.ports_monitor import Herald, Notice
 
 _EVERY_S = 1.0
@@ -33,7 +34,9 @@ class Relay:
     herald: Herald
     forms: Forms | None = None
     at: int | None = None  # the entry up to which all is told
-    _noted: int | None = None
+    _first: int | None = None  # the ledger's end when this relay began
+    _to_note: bool = False
+    _told: int | None = None  # the entry up to which whoever it was had told all, as this pass found it
     _rollouts: dict[str, tuple[Rollout, str | None]] = field(default_factory=dict)  # not settled; with their flow runs
     _asked: list[Wanted] | None = None
     _keep_at: float = 0.0
@@ -41,15 +44,17 @@ class Relay:
     def pass_on(self) -> int:
         """Tells what is new; how many events that were. Raises PortError, and goes on from there the next time."""
         if self.at is None:
-            self.at = self._noted = self._begin()
-        told = 0
+            self.at = self._begin()
+        told, self._told = 0, None
         for line in self.ledger.lines(self.at):
             entry = audit.parse(line)
             told += self._take_in(entry)
             self.at = int(entry["number"])  # not before it is told
-        if told or self._noted is None:
-            self.herald.note_told(self.at)
-            self._noted = self.at
+            self._to_note = self._to_note or told > 0
+        if self._to_note:
+            if self._told_up_to() < self.at:
+                self.herald.note_told(self.at)
+            self._to_note = False
         self._keep_forms()
         return told
 
@@ -63,10 +68,13 @@ class Relay:
     def _begin(self) -> int:
         """Where the last one stopped. Where none was, history is no news, except that of rollouts under way."""
         head = self.ledger.head().number
+        if self._first is None:
+            self._first = head  # what comes while the server does not answer is news
         known = self.herald.told_up_to()
         under_way = [self.ledger.read(name) for name in self.ledger.unsettled()]
         if known is None or known > head:
-            known = min((entries[0].number - 1 for entries in under_way if entries), default=head)
+            known = min([self._first, *(entries[0].number - 1 for entries in under_way if entries)])
+            self.herald.note_told(known)
         for entries in under_way:
             before = [entry for entry in entries if entry.number <= known]
             state = fold(before)
@@ -88,12 +96,23 @@ class Relay:
         event = from_body(kind, entry["body"], entry["at"], entry["number"])
         after, _ = step(before, event)
         moves = transitions(before, event, after)
-        for move in moves:
+        new = bool(moves) and self._is_news(entry["number"])
+        for move in moves if new else ():
             self._tell(entry, move, after, run)
         self._rollouts[name] = (after, run)
         if after.settled:
             del self._rollouts[name]
-        return len(moves)
+        return len(moves) if new else 0
+
+    def _is_news(self, number: int) -> bool:
+        """Whether no other relay has told it meanwhile: asked once in a pass, and only where there is something."""
+        if self._told is None:
+            self._told = self._told_up_to()
+        return number > self._told
+
+    def _told_up_to(self) -> int:
+        known = self.herald.told_up_to()
+        return known if known is not None and known <= self.ledger.head().number else 0
 
     def _tell(self, entry: Mapping[str, Any], name: str, state: Rollout, run: str | None) -> None:
         body = entry["body"]
@@ -115,7 +134,7 @@ class Relay:
 
 
 def keep_relaying(relay: Callable[[], Relay], every_s: float = _EVERY_S) -> NoReturn:
-    """Passes on as long as the process lives; prints what stands in the way, once."""
+    """Passes on as long as the process lives; prints what stands in the way, once, and goes on whatever it is."""
     made: Relay | None = None
     last = ""
     while True:
@@ -123,8 +142,9 @@ def keep_relaying(relay: Callable[[], Relay], every_s: float = _EVERY_S) -> NoRe
             made = made or relay()
             made.pass_on()
             last = ""
-        except (PortError, ValueError) as exc:  # the latter: a ledger that does not fit, which `audit verify` tells
-            if str(exc) != last:
-                print(f"events are told later: {exc}", flush=True)  # noqa: T201 - this is the process's log
-            last = str(exc)
+        except Exception as exc:  # noqa: BLE001 - this is a thread that nobody restarts
+            said = f"{type(exc).__name__}: {exc}"
+            if said != last:
+                print(f"events are told later: {said}", flush=True)  # noqa: T201 - this is the process's log
+            last = said
         time.sleep(every_s)

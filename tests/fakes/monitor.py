@@ -73,13 +73,17 @@ class FakeComparer:
 
 
 class FakeHerald:
-    """`tasks.ports_monitor.Herald`; `told` has (event, model, version), `started` the deployments."""
+    """`tasks.ports_monitor.Herald`; `told` has (event, model, version), `started` the deployments.
+
+    The server forgets after some minutes what it was told, this fake never: `posts` has each key as often as it came.
+    """
 
     def __init__(self) -> None:
         self.down = False
         self.told: list[tuple[str, str, str]] = []
         self.about: list[tuple[str, str, str | None, Mapping[str, object]]] = []  # event, rollout, flow run, payload
         self.started: list[str] = []
+        self.posts: list[str] = []
         self.up_to: int | None = None
         self.deployments = {"train/it"}
         self._keys: set[str] = set()
@@ -87,12 +91,15 @@ class FakeHerald:
     def tell(self, notice: Notice) -> None:
         if self.down:
             raise PortError("the orchestrator does not answer (by the test)")
+        self.posts.append(f"{notice.key} {notice.event}")
         if f"{notice.key} {notice.event}" not in self._keys:
             self._keys.add(f"{notice.key} {notice.event}")
             self.told.append((notice.event, notice.model, notice.version))
             self.about.append((notice.event, notice.rollout, notice.flow_run, notice.payload))
 
     def told_up_to(self) -> int | None:
+        if self.down:
+            raise PortError("the orchestrator does not answer (by the test)")
         return self.up_to
 
     def note_told(self, number: int) -> None:

@@ -8,12 +8,13 @@ import pytest
 
 from flows.approval import answer, asked, stands
 from flows.form import form, take
-from flows.relay import Relay
+from flows.relay import Relay, keep_relaying
 from flows.rollout import order
 from flows.story import fold
 from policies.events import Phase
 from policies.transitions import NAMES
 from tasks.ports import PortError
+from tasks.ports_monitor import Notice
 from tests.fakes.monitor import FakeForms, FakeHerald
 from tests.stories.world import MODEL, POLICY, World
 
@@ -51,7 +52,8 @@ def test_each_transition_is_told_with_stage_share_reason_and_the_run() -> None:
     assert [(p["stage"], p["share"], p["copies"]) for p in payloads[1:4]] == [
         ("shadow 100 %", 0, 100), ("canary 20 %", 20, 0), ("canary 50 %", 50, 0),
     ]  # fmt: skip
-    assert "every gate passed" in str(payloads[4]["reason"]) or payloads[4]["says"]
+    assert payloads[4]["says"] == f"m v2: promoting: {payloads[4]['reason']}"
+    assert str(payloads[4]["reason"]).startswith("errors 0.00% against 0.00%")
     assert herald.up_to == world.ledger.head().number
 
 
@@ -89,6 +91,105 @@ def test_a_relay_that_dies_is_followed_by_one_that_goes_on(before: int) -> None:
         first.pass_on()
     Relay(world.ledger, herald).pass_on()
     assert told(herald) == PROMOTED
+
+
+def test_what_one_relay_has_told_no_other_tells_again() -> None:
+    """Beside the platform's relay each delivery has its own, which looks when its rollout moves."""
+    world, herald = World(), FakeHerald()
+    platform, delivery = Relay(world.ledger, herald), Relay(world.ledger, herald)
+    delivery.pass_on()
+    platform.pass_on()
+    relays_along(world, platform)
+    controller = world.controller(world.request())
+    stages: list[str] = []
+
+    def looks_when_it_moves() -> None:
+        if world.seen and world.seen[-1].state.label not in stages:
+            stages.append(world.seen[-1].state.label)
+            delivery.pass_on()
+
+    world.clock.alarms.append(looks_when_it_moves)
+    controller.drive()
+    delivery.pass_on()
+    platform.pass_on()
+    Relay(world.ledger, herald).pass_on()
+    assert told(herald) == PROMOTED
+    assert len(herald.posts) == len(PROMOTED)
+    assert len(stages) > 3
+
+
+def test_a_relay_that_is_behind_does_not_note_less_than_was_told() -> None:
+    world, herald = World(), FakeHerald()
+    herald.up_to = 0
+    behind, tell = Relay(world.ledger, herald), herald.tell
+    world.drive()
+
+    def another_is_faster(notice: Notice) -> None:
+        tell(notice)
+        herald.tell = tell  # type: ignore[method-assign]
+        world.drive("r2")
+        Relay(world.ledger, herald).pass_on()
+
+    herald.tell = another_is_faster  # type: ignore[method-assign]
+    behind.pass_on()
+    assert herald.up_to == world.ledger.head().number
+
+
+def test_what_was_told_is_noted_later_where_that_failed() -> None:
+    world, herald = World(), FakeHerald()
+    herald.up_to = 0
+    relay, note = Relay(world.ledger, herald), herald.note_told
+
+    def fails(_number: int) -> None:
+        herald.note_told = note  # type: ignore[method-assign]
+        raise PortError("the orchestrator does not answer (by the test)")
+
+    herald.note_told = fails  # type: ignore[method-assign]
+    world.drive()
+    with pytest.raises(PortError):
+        relay.pass_on()
+    relay.pass_on()
+    assert herald.up_to == world.ledger.head().number
+
+
+@pytest.mark.parametrize("noted", [None, 0])
+def test_a_relay_that_begins_while_prefect_is_down_tells_all_that_it_has_missed(noted: int | None) -> None:
+    world, herald = World(), FakeHerald()
+    herald.up_to, herald.down = noted, True
+    relay = Relay(world.ledger, herald)
+    with pytest.raises(PortError):
+        relay.pass_on()
+    world.drive()
+    with pytest.raises(PortError):
+        relay.pass_on()
+    herald.down = False
+    relay.pass_on()
+    assert told(herald) == PROMOTED
+    assert herald.up_to == world.ledger.head().number
+
+
+def test_no_error_ends_the_relay(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a thread that nobody restarts."""
+    world, herald = World(), FakeHerald()
+    herald.up_to = 0
+    world.drive()
+    faults: list[Exception] = [KeyError("what nobody has thought of (by the test)"), PortError("down (by the test)")]
+    tell = herald.tell
+
+    def fails(notice: Notice) -> None:
+        if faults:
+            raise faults.pop(0)
+        tell(notice)
+
+    def ends(_seconds: float) -> None:
+        if told(herald) == PROMOTED:
+            raise SystemExit
+
+    herald.tell = fails  # type: ignore[method-assign]
+    monkeypatch.setattr("flows.relay.time.sleep", ends)
+    with pytest.raises(SystemExit):
+        keep_relaying(lambda: Relay(world.ledger, herald))
+    assert "events are told later: KeyError: " in capsys.readouterr().out
 
 
 def test_history_is_no_news_but_a_rollout_under_way_is() -> None:
