@@ -42,6 +42,7 @@ class Pages:
         self._stage: _Stage | None = None
         self._queue: queue.Queue[tuple[str, _Stage] | None] = queue.Queue()  # as long as a rollout has stages
         self._unmade: list[tuple[str, _Stage]] = []
+        self._noting = threading.Lock()  # whoever takes one of these out, notes what became of it
         self._thread: threading.Thread | None = None
 
     def __call__(self, progress: Progress) -> None:
@@ -64,22 +65,23 @@ class Pages:
             return
         self._queue.put(None)
         self._thread.join(wait_s)
-        for name, stage in list(self._unmade):
-            log.warning("no page on %s of %s: %g s were not enough", stage.what, name, wait_s)
-            self._note(name, Noted(0.0, 0, stage.what, error=f"not made in {wait_s:g} s after the rollout's end"))
+        with self._noting:  # what is being told is told before this returns
+            left = list(self._unmade)
+        for asked in left:
+            self._note(asked, Noted(0.0, 0, asked[1].what, error=f"not made in {wait_s:g} s after the rollout's end"))
 
     def _work(self) -> None:
         while (asked := self._queue.get()) is not None:
             name, stage = asked
             if self._settle_s > 0:
                 self._ports.clock.sleep(self._settle_s)
+            if asked not in self._unmade:  # nobody waits for it any more
+                continue
             try:
                 noted = Noted(0.0, 0, stage.what, link=self._made(name, stage))
-            except PortError as exc:
-                log.warning("no page on %s of %s: %s", stage.what, name, exc)
-                noted = Noted(0.0, 0, stage.what, error=str(exc))
-            self._note(name, noted)
-            self._unmade.remove(asked)
+            except Exception as exc:  # noqa: BLE001 - a disk that is full, too; nobody restarts this thread
+                noted = Noted(0.0, 0, stage.what, error=str(exc) or type(exc).__name__)
+            self._note(asked, noted)
 
     def _made(self, name: str, stage: _Stage) -> str:
         """The page's link, once it is kept with the version's run."""
@@ -92,11 +94,20 @@ class Pages:
             page = pages.write(state.model, state.stable, state.candidate, stage.since, stage.until, path)
             return self._ports.registry.record(self._ports.registry.version(state.model, state.candidate), {}, [page])
 
-    def _note(self, name: str, noted: Noted) -> None:
+    def _note(self, asked: tuple[str, _Stage], noted: Noted) -> None:
+        """Writes it down, unless the other thread has done so."""
+        name = asked[0]
+
         def now() -> Noted:
             return Noted(self._ports.clock.now(), 0, noted.what, noted.link, noted.error)
 
-        try:
-            write(self._ports.ledger, name, self._who, now)
-        except (PortError, ValueError) as exc:
-            log.warning("the page on %s of %s could not be noted: %s", noted.what, name, exc)
+        with self._noting:
+            if asked not in self._unmade:
+                return
+            self._unmade.remove(asked)
+            if noted.error:
+                log.warning("no page on %s of %s: %s", noted.what, name, noted.error)
+            try:
+                write(self._ports.ledger, name, self._who, now)
+            except (PortError, ValueError) as exc:
+                log.warning("the page on %s of %s could not be noted: %s", noted.what, name, exc)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,8 +77,16 @@ def test_each_stage_has_a_page_of_its_own_time_kept_with_the_version_and_linked(
     assert f"Evidently on canary 20 %: {story.pages[1].link}" in lines(explained(world.ledger, "r1"))
 
 
-@pytest.mark.parametrize("error", [PortError("Evidently could not compare: no"), NotThere("v2 has no sampled rows")])
-def test_a_page_that_cannot_be_made_is_told_and_changes_nothing(error: PortError) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        PortError("Evidently could not compare: no"),
+        NotThere("v2 has no sampled rows"),
+        OSError(28, "No space left on device"),
+        RuntimeError("what nobody has thought of (by the test)"),
+    ],
+)
+def test_a_page_that_cannot_be_made_is_told_and_changes_nothing(error: Exception) -> None:
     def fail() -> None:
         raise error
 
@@ -85,7 +94,7 @@ def test_a_page_that_cannot_be_made_is_told_and_changes_nothing(error: PortError
     pages.close(10.0)
     assert state.phase is Phase.PROMOTED
     story = story_of(world.ledger.read("r1"))
-    assert {page.error for page in story.pages} == {str(error)}
+    assert [page.error for page in story.pages] == [str(error)] * 4
     assert "could not be made" in render(story)
     assert f"Evidently on watching: no page: {error}" in lines(explained(world.ledger, "r1"))
 
@@ -100,6 +109,27 @@ def test_a_page_that_is_not_made_in_time_is_told() -> None:
     ]
     free.set()
     pages.close(10.0)
+    assert len(story_of(world.ledger.read("r1")).pages) == 1, "made all the same, it is not told again as a link"
+
+
+def test_a_page_that_is_ready_when_the_time_is_over_is_told_once() -> None:
+    """The worker is about to tell of the link as `close` gives up: one of them does, and `close` waits for that."""
+    patched, reached, free = threading.Event(), threading.Event(), threading.Event()
+    world, _, pages = told(FakePages(lambda: assert_set(patched)), errors=0.5)
+    append = world.ledger.append
+
+    def appends(*args: Any, **named: Any) -> Any:
+        if args[4] == "noted" and not reached.is_set():
+            reached.set()
+            assert_set(free)
+        return append(*args, **named)
+
+    world.ledger.append = appends  # type: ignore[method-assign]
+    patched.set()
+    assert_set(reached)
+    threading.Timer(0.2, free.set).start()
+    pages.close(0.0)
+    assert [(page.what, page.error) for page in story_of(world.ledger.read("r1")).pages] == [("shadow 100 %", "")]
 
 
 def test_a_rollback_waits_for_no_page() -> None:
