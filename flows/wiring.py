@@ -19,20 +19,18 @@ from infra.databases_postgresql import databases, shown
 from infra.health_local import Finding as Finding
 from infra.hints_mlflow import Doorkeeper as Doorkeeper
 from infra.hints_mlflow import Unbelievable as Unbelievable
+from infra.part_local import SILENCE
+from infra.part_local import Part as Part
 from infra.platform_local import (
-    SILENCE,
+    Addresses as Addresses,
+)
+from infra.platform_local import (
     Beside,
     LocalPlatform,
     free_port,
     is_free,
     running,
     secret,
-)
-from infra.platform_local import (
-    Addresses as Addresses,
-)
-from infra.platform_local import (
-    Part as Part,
 )
 from infra.platform_local import (
     announce as _announce,

@@ -8,32 +8,24 @@ waits a limited time, and a PostgreSQL session that stops in the middle of an ap
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import make_url
-from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from infra import ledger_schema as schema
+from infra.ledger_connections import engine
 from policies import audit, quarantine
 from policies.audit import Head
 from policies.events import from_body
 from policies.rollout import Rollout, fold
 from tasks.ports import BadInput, Entry, NotThere, PortError, Quarantine, Refused
 
-_WAIT_S = 10.0
-_SWITCH_S = 0.01
-_STATEMENT_S = 60.0
-_IDLE_S = 10.0  # longer than an append ever thinks between two statements
 _PAGE = 1000  # entries read at a time when all are read
 _TRIES = 20
-_LOCK = 0x10C4_6A7E  # of the ledger, among PostgreSQL's advisory locks
 
 
 class SqlLedger:
@@ -43,7 +35,7 @@ class SqlLedger:
     """
 
     def __init__(self, url: str, now: Callable[[], float] = time.time) -> None:
-        self._engine = _engine(url)
+        self._engine = engine(url)
         self._writing = self._engine.execution_options(writes=True)
         self._where = self._engine.url.render_as_string(hide_password=True)
         self._now = now
@@ -354,95 +346,3 @@ def line_of(*row: Any) -> bytes:
     except (TypeError, ValueError):
         text = repr(row)
     return text.encode("utf-8", "surrogatepass") + b"\n"
-
-
-# ---------------------------------------------------------------- connections
-
-
-def _engine(url: str) -> sa.Engine:
-    try:
-        made = make_url(url)
-    except sa.exc.ArgumentError as exc:
-        raise BadInput("the ledger's URL cannot be read; write sqlite:///path or postgresql://user@host/name") from exc
-    if made.get_backend_name() == "sqlite":
-        return _sqlite(made)
-    if made.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
-        return _postgresql(made.set(drivername="postgresql+psycopg"))
-    raise BadInput(f"the ledger cannot be kept in '{made.drivername}'; use sqlite or postgresql")
-
-
-def _sqlite(url: sa.URL) -> sa.Engine:
-    if not url.database or url.database == ":memory:":
-        raise BadInput("a ledger in memory is lost with its process; name a file: sqlite:///path/ledger.db")
-    Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": _WAIT_S})
-    sa.event.listen(engine, "connect", _prepare_sqlite)
-    sa.event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _prepare_sqlite(connection: DBAPIConnection, _record: Any) -> None:
-    assert isinstance(connection, sqlite3.Connection)
-    connection.isolation_level = None  # transactions begin where `_begin_sqlite` says so, not where pysqlite guesses
-    _write_ahead(connection)
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA cell_size_check=ON")
-
-
-def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switches the file to a write-ahead log, once in its life. SQLite's own time-out does not cover the switch."""
-    until = time.monotonic() + _WAIT_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as exc:
-            if exc.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
-                raise
-            time.sleep(_SWITCH_S)  # somebody else is switching it
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    # IMMEDIATE takes the one write lock before anything is read, so that what was read still holds when writing.
-    writes = connection.get_execution_options().get("writes")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _postgresql(url: sa.URL) -> sa.Engine:
-    engine = sa.create_engine(
-        url,
-        hide_parameters=True,  # evidence has no business in a log
-        pool_pre_ping=True,
-        connect_args={
-            "connect_timeout": int(_WAIT_S),
-            "application_name": "lockgate",
-            "tcp_user_timeout": int(1000 * _WAIT_S),
-        },
-    )
-    sa.event.listen(engine, "connect", _prepare_postgresql)
-    sa.event.listen(engine, "begin", _begin_postgresql)
-    return engine
-
-
-def _prepare_postgresql(connection: DBAPIConnection, _record: Any) -> None:
-    cursor = connection.cursor()
-    settings = (
-        f"SET lock_timeout = {int(1000 * _WAIT_S)}",
-        f"SET statement_timeout = {int(1000 * _STATEMENT_S)}",
-        # A controller that is stopped in the middle of an append must not keep all others from writing.
-        f"SET idle_in_transaction_session_timeout = {int(1000 * _IDLE_S)}",
-        "SET default_transaction_isolation = 'read committed'",
-    )
-    for setting in settings:
-        cursor.execute(setting)
-    cursor.execute("SHOW synchronous_commit")
-    shown = cursor.fetchone()
-    if shown is not None and shown[0] == "off":
-        cursor.execute("SET synchronous_commit = on")
-    cursor.close()
-    connection.commit()
-
-
-def _begin_postgresql(connection: sa.Connection) -> None:
-    if connection.get_execution_options().get("writes"):
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from infra import ledger_sql
+from infra import ledger_connections
 from infra.ledger_privileges import grants, main
 from infra.ledger_sql import SqlLedger
 from policies import audit
@@ -123,7 +123,7 @@ def test_a_writer_that_stops_half_way_does_not_keep_the_others_out(
     url: str, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server ends its session (here after 0.2 s), so the lock is free; the stopped writer has written nothing."""
-    monkeypatch.setattr(ledger_sql, "_IDLE_S", 0.2)
+    monkeypatch.setattr(ledger_connections, "_IDLE_S", 0.2)
     stopped, other = opened(), opened()
     stopped.head()
     with pytest.raises(PortError, match="cannot be used"), stopped._write():
