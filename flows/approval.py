@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from flows.orders import write
 from flows.page import moment, text
-from flows.rollout import write
 from flows.story import evidence_of, fold, reports_in, weights
 from policies.approval import Question, shown_hash
 from policies.events import Answered

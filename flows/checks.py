@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flows.rollout import Runner
+from flows.runner import Runner
 from policies import speed
 from policies.policy import Policy
 from policies.rollout import Rollout

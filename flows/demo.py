@@ -187,7 +187,8 @@ def _wait_for_the_calendar(home: Path, stage: Stage, version: str, say: Callable
 
 
 def _deliver(home: Path, version: str) -> dict[str, Any]:
-    from flows.deliver import Files, deliver
+    from flows.deliver import deliver
+    from flows.delivery import Files
 
     folder = home / "models" / f"v{version}"
     files = Files(

@@ -20,12 +20,11 @@ from typing import Any
 
 from prefect import flow
 
-from flows.deliver import in_prefect, whoami
 from flows.page import rows
 from flows.policy import Found, find
 from flows.publish import artifact_key
 from flows.rollback import take_back
-from flows.rollout import Runner
+from flows.runner import Runner, in_prefect, whoami
 from flows.settings import Settings
 from flows.story import fold, policy_of, reports_in
 from flows.wiring import connect, connect_monitor

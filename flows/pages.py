@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flows.rollout import Progress, write
+from flows.orders import write
+from flows.rollout import Progress
 from policies.events import LOOKED_AT, Noted
 from policies.rollout import Rollout
 from tasks.ports import PortError, Ports

@@ -19,15 +19,18 @@ from typing import Any, NoReturn
 from prefect import flow
 
 from flows.checks import Preparation, run_checks
-from flows.deliver import BEGIN_S, Delivery, directly, in_prefect, is_dead, request_submission, whoami
+from flows.delivery import Delivery, request_submission
 from flows.form import PrefectForms
+from flows.orders import abort, over
 from flows.publish import Publishers
 from flows.relay import Relay
 from flows.rollback import proven_before
-from flows.rollout import Checks, Controller, Observer, Runner, Superseded, abort, over
+from flows.rollout import Checks, Controller, Observer, Superseded
+from flows.runner import Runner, directly, in_prefect, is_dead, whoami
 from flows.runs import cancelled, look_at_registry
 from flows.settings import Settings
 from flows.story import fold, policy_of, target_of
+from flows.turn import BEGIN_S
 from flows.wiring import connect, herald, links
 from policies.events import Phase
 from policies.policy import Policy

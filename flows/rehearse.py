@@ -8,8 +8,8 @@ from typing import Any
 
 from prefect import flow
 
-from flows.deliver import in_prefect
 from flows.policy import find, for_model, shelf_in
+from flows.runner import in_prefect
 from flows.settings import Settings
 from flows.wiring import Candidate, connect, recordings
 from policies.rehearsal import rehearse as played

@@ -12,21 +12,13 @@ from typing import Any
 
 from prefect import flow
 
-from flows.deliver import (
-    BEGIN_S,
-    Outcome,
-    conclude,
-    directly,
-    flow_run_id,
-    in_prefect,
-    outcome_of,
-    still_claimed,
-    to_the_end,
-    whoami,
-)
+from flows.deliver import Outcome, conclude, outcome_of, to_the_end
+from flows.orders import abort, over
 from flows.publish import Publisher
-from flows.rollout import Controller, Runner, abort, over
+from flows.rollout import Controller
+from flows.runner import Runner, directly, flow_run_id, in_prefect, whoami
 from flows.story import fold
+from flows.turn import BEGIN_S, still_claimed
 from flows.wiring import connect, links
 from policies.events import Phase, Requested, to_body
 from policies.rollout import Rollout

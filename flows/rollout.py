@@ -7,15 +7,15 @@ effects are carried out; each effect names the entry that asked for it. Killed a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from flows.runner import Runner
 from flows.story import evidence_of, fold, policy_of
 from policies import approval, gates, rollout
 from policies.events import (
@@ -28,7 +28,6 @@ from policies.events import (
     Failed,
     Looked,
     Lost,
-    Ordered,
     Phase,
     Taken,
     Ticked,
@@ -44,7 +43,7 @@ from policies.verdict import GateReport, Verdict, worst
 from tasks.deployment import deploy, deployment, undeploy
 from tasks.evidence import Lookout
 from tasks.outcome import quarantine, set_champion, tell
-from tasks.ports import BadInput, Entry, Ledger, NotThere, PortError, Ports, Refused
+from tasks.ports import BadInput, Entry, NotThere, PortError, Ports, Refused
 from tasks.registration import fetch
 from tasks.traffic import route_for, set_traffic
 
@@ -55,12 +54,6 @@ _FLUSH_S = 30.0  # how long an ended rollout's controller waits for the outbox; 
 
 class Superseded(Exception):
     """Another controller holds this rollout now; this one has stopped, and has done no harm."""
-
-
-class Runner(Protocol):
-    """Runs a Prefect task; the simulation has its own, without the engine."""
-
-    def __call__(self, task: Any, *args: Any, name: str = "") -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -420,48 +413,6 @@ def _route_name(state: Rollout, effect: Effect) -> str:
     if effect.version is not None:
         return f"route: v{effect.version} alone"
     return f"route: v{state.candidate} {effect.weight} % live, {effect.shadow} % shadow"
-
-
-def order(ports: Ports, name: str, who: str, what: str, reason: str, by: str = "") -> Rollout:
-    """A person's order, written to the rollout's ledger, where its controller finds it within one look.
-
-    Raises `rollout.Illegal` where the order makes no sense, and ValueError for an unknown rollout.
-    """
-    return write(ports.ledger, name, who, lambda: Ordered(ports.clock.now(), 0, what, reason, by))
-
-
-def write(
-    ledger: Ledger, name: str, who: str, event_now: Callable[[], Event], extra: Mapping[str, Any] | None = None
-) -> Rollout:
-    """Writes what somebody beside the controller has to say; the rollout's state after it.
-
-    Raises `rollout.Illegal` where it makes no sense, and ValueError for an unknown rollout.
-    """
-    for _ in range(20):
-        entries = ledger.read(name)
-        state = fold(entries)
-        if state is None:
-            raise ValueError(f"the ledger has no rollout '{name}'")
-        event = event_now()
-        after, _ = rollout.step(state, event)
-        kind, body = to_body(event)
-        try:
-            ledger.append(name, entries[-1].sequence + 1, event.at, who, kind, {**body, **(extra or {})})
-        except Refused:
-            continue  # the controller wrote at the same moment: read again
-        return after
-    raise PortError(f"could not write to rollout {name}: too many writers")
-
-
-def over(state: Rollout) -> bool:
-    """The next rollout of the model may begin: this one has ended, its traffic is set, guilty bytes are locked away."""
-    return state.ended and not state.pending and not any(effect.do is Do.QUARANTINE for effect in state.outbox)
-
-
-def abort(ports: Ports, name: str, who: str, reason: str) -> None:
-    """Orders the rollout to go back, unless it is doing so or has ended."""
-    with suppress(rollout.Illegal):
-        order(ports, name, who, "abort", reason)
 
 
 stage = task(name="stage", cache_policy=NO_CACHE)(Controller.watch_stage)

@@ -167,7 +167,7 @@ def say_outcome(outcome: dict[str, Any], out: Console) -> None:
 
 def give_order(settings: Settings, model: str, what: str, reason: str) -> tuple[int, str]:
     """Writes a person's order for the model's rollout under way; exit code and what the state is then."""
-    from flows.rollout import order
+    from flows.orders import order
     from policies.rollout import Illegal
 
     try:

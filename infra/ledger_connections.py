@@ -27,7 +27,7 @@ def engine(url: str) -> sa.Engine:
     """
     try:
         made = make_url(url)
-    except sa.exc.ArgumentError as exc:
+    except (sa.exc.ArgumentError, ValueError) as exc:  # the latter: a port that is no number
         raise BadInput("the ledger's URL cannot be read; write sqlite:///path or postgresql://user@host/name") from exc
     if made.get_backend_name() == "sqlite":
         return _sqlite(made)

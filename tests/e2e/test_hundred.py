@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
-from flows import deliver
-from flows.deliver import Delivery, start, to_the_end
-from flows.rollout import Controller, over
+from flows import turn
+from flows.deliver import to_the_end
+from flows.delivery import Delivery
+from flows.orders import over
+from flows.rollout import Controller
+from flows.turn import start
 from infra.ledger_sql import SqlLedger
 from policies import audit, rollout
 from policies.events import Phase, from_body
@@ -53,7 +56,7 @@ def deliver_some(
     url: str, address: Any, key: bytes, clock: FastClock, on_conflict: str, numbers: list[int]
 ) -> dict[int, str]:
     """One process: its versions, all at once; by version, why it was turned away (nothing if it was rolled out)."""
-    deliver.BEGIN_S = 16 * deliver.BEGIN_S  # nobody is dead here, and this clock runs faster than the machine
+    turn.BEGIN_S = 16 * turn.BEGIN_S  # nobody is dead here, and this clock runs faster than the machine
     ledger = SqlLedger(url, clock.now)
     ports = shared_world.ports(address, key, clock, ledger)
     policy = parse(POLICY.format(on_conflict=on_conflict))

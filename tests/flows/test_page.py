@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 
 import pytest
 
+from flows.orders import order
 from flows.page import Seen, Shown, moment, page, stages, table, text
 from flows.publish import artifact_key
-from flows.rollout import Progress, order
+from flows.rollout import Progress
 from policies.events import Failed, Phase
 from policies.rollout import step
 from tests.stories.world import POLICY, World

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from flows import approval
-from flows.deliver import Delivery, _refuse_pointless, start, to_the_end
+from flows.deliver import to_the_end
+from flows.delivery import Delivery
+from flows.orders import order
 from flows.reconcile import reconcile_with
 from flows.rollback import take_back
-from flows.rollout import Checks, Controller, Progress, order
+from flows.rollout import Checks, Controller, Progress
+from flows.turn import refuse_pointless, start
 from policies.events import from_body
 from policies.evidence import Counts
 from policies.policy import Policy
@@ -229,7 +232,7 @@ class Run:
         mine = Delivered(asked, name)
         self.delivered.append(mine)
         try:
-            _refuse_pointless(self.ports, version)
+            refuse_pointless(self.ports, version)
             mine.refused = start(self.ports, self.made.policy, version, request, name) or ""
         except PortError as exc:
             mine.refused = str(exc)

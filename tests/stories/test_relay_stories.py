@@ -8,8 +8,8 @@ import pytest
 
 from flows.approval import answer, asked, stands
 from flows.form import form, take
+from flows.orders import order
 from flows.relay import Relay, keep_relaying
-from flows.rollout import order
 from flows.story import fold
 from policies.events import Phase
 from policies.transitions import NAMES

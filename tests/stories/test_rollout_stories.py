@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from flows.deliver import BEGIN_S, Delivery, _wait_turn, _Waiting
+from flows.delivery import Delivery
 from flows.story import fold
+from flows.turn import BEGIN_S, _wait_turn, _Waiting
 from policies.events import Phase
 from policies.evidence import Counts
 from policies.traffic import Route
@@ -177,7 +178,7 @@ def test_the_ledger_out_of_reach_is_an_error_that_loses_nothing() -> None:
 
 
 def test_orders_are_obeyed_within_a_look() -> None:
-    from flows.rollout import order
+    from flows.orders import order
 
     world = World()
     controller = world.controller(world.request())
