@@ -7,7 +7,6 @@ kernel. A client that sends or takes too slowly, too much or nonsense costs its 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
@@ -17,31 +16,13 @@ from typing import Any
 import httptools
 
 from serving.errors import Busy, Malformed, Refused, TooLarge, TooSlow
+from serving.heads import Heads
 from serving.settings import HttpLimits
 
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-_HEADS_MAX = 256  # heads that are remembered: clients send the same one again and again, but for the request's id
-_HEAD_LENGTH_MAX = 2048  # bytes; longer ones are not
-# A head with one of these will not come again, or is more than a head (and a secret is not kept longer than needed).
-_UNLIKE = (b"traceparent", b"authorization", b"cookie", b"transfer-encoding", b"expect")
-
-
-_ID = b"\r\nx-request-id: "  # as Envoy writes it
-_PLAIN_ID = re.compile(rb"[!-~]{1,256}")
-
-
-class Head:
-    """What a request's head came to when it was read by the parser; `length`: the bytes of body that follow it."""
-
-    __slots__ = ("headers", "length", "method", "path")
-
-    def __init__(self, method: bytes, path: bytes, headers: dict[bytes, bytes], length: int) -> None:
-        self.method = method
-        self.path = path
-        self.headers = headers
-        self.length = length
+_PROMPT_S = 100e-6  # who asks again so soon after an answer is waited for awake
 
 
 class Exchange:
@@ -97,7 +78,7 @@ class Host:
         self.connections: set[Connection] = set()
         self.held = 0
         self.draining = False
-        self.heads: dict[bytes, Head] = {}
+        self.heads = Heads()
 
     def connect(self) -> Connection:
         """The protocol factory of the listening sockets."""
@@ -138,6 +119,9 @@ class Connection(asyncio.Protocol):
         self._half = False  # the client sends no more, but waits for its answers
         self._failed = False  # what came could not be read; anything after it is thrown away
         self._closing = False
+        self._answered = 0.0
+        self._prompt = False  # the last request came at once after the answer before it
+        self._awake = False
         self._whole: bytes | None = None  # what is being read, if a request begins with it
 
     # -- asyncio.Protocol ------------------------------------------------------------------------------------------
@@ -164,14 +148,13 @@ class Connection(asyncio.Protocol):
         if self._closing:
             return
         self._active = perf_counter()
+        self._prompt = self._active - self._answered < _PROMPT_S
         if self._started is None:
-            end = data.find(b"\r\n\r\n", 0, _HEAD_LENGTH_MAX) + 4
-            same, request_id = _without_id(data[:end])
-            head = self._host.heads.get(same)
-            if head is not None and len(data) == end + head.length:
+            found = self._host.heads.find(data)
+            if found is not None:
                 # The parser has read this very head before, and it stands between two requests: it may rest.
-                headers = head.headers if request_id is None else {**head.headers, b"x-request-id": request_id}
-                self._take(Exchange(self, head.method, head.path, headers, data[end:], self._active))
+                head, end = found
+                self._take(Exchange(self, head.method, head.path, head.headers, data[end:], self._active))
                 return
             self._started = self._active
             self._whole = data
@@ -259,29 +242,11 @@ class Connection(asyncio.Protocol):
         self._started = None
         self._host.held -= self._held
         self._held = 0
-        if self._whole is not None:
-            self._remember(exchange, self._whole)
-            self._whole = None
+        whole, self._whole = self._whole, None
+        if whole is not None and exchange.keep_alive and not self._parser.should_upgrade():
+            heads = self._host.heads
+            heads.remember(whole, exchange.method, exchange.path, exchange.headers, len(exchange.body))
         self._take(exchange)
-
-    def _remember(self, exchange: Exchange, data: bytes) -> None:
-        """Keeps what the head came to, if `data` is this request, whole and alone, and its head may come again."""
-        headers, length = exchange.headers, len(exchange.body)
-        end = len(data) - length
-        if data.find(b"\r\n\r\n", 0, _HEAD_LENGTH_MAX) + 4 != end or not exchange.keep_alive:
-            return
-        if self._parser.should_upgrade():
-            return
-        if int(headers.get(b"content-length", b"0")) != length or any(name in headers for name in _UNLIKE):
-            return
-        same, request_id = _without_id(data[:end])
-        if headers.get(b"x-request-id") != request_id or b"x-request-id" in same.lower():
-            return
-        heads = self._host.heads
-        if len(heads) >= _HEADS_MAX:
-            heads.clear()
-        kept = {name: value for name, value in headers.items() if name != b"x-request-id"}
-        heads[same] = Head(exchange.method, exchange.path, kept, length)
 
     def _take(self, exchange: Exchange) -> None:
         """A whole request: its turn is now, or after those before it."""
@@ -319,6 +284,18 @@ class Connection(asyncio.Protocol):
         elif self._waiting:
             # Not at once: a client that sends thousands ahead must not deepen the stack or starve the others.
             asyncio.get_running_loop().call_soon(self._next)
+        else:
+            self._answered = perf_counter()
+            if self._prompt and not self._awake and self.only:
+                self._awake = True
+                asyncio.get_running_loop().call_soon(self._stay_awake)
+
+    def _stay_awake(self) -> None:
+        """Keeps the loop turning for a moment: to be woken up takes longer than many a model."""
+        if self.idle and perf_counter() - self._answered < _PROMPT_S:
+            asyncio.get_running_loop().call_soon(self._stay_awake)
+        else:
+            self._awake = False
 
     def _next(self) -> None:
         if self._current is not None or self._stuck is not None or self._transport is None:
@@ -378,15 +355,3 @@ class Connection(asyncio.Protocol):
 
     def _too_large(self) -> str:
         return f"the body has more than {self._host.limits.body_max} bytes, which is the most that is taken"
-
-
-def _without_id(head: bytes) -> tuple[bytes, bytes | None]:
-    """The head without its request id, and the id; the head as it is, and None, where no plain id is found."""
-    at = head.find(_ID)
-    if at < 0:
-        return head, None
-    end = head.find(b"\r\n", at + 2)
-    request_id = head[at + len(_ID) : end]
-    if _PLAIN_ID.fullmatch(request_id) is None:
-        return head, None
-    return head[:at] + head[end:], request_id

@@ -186,6 +186,41 @@ def test_remembered_heads_are_bounded(model: Model) -> None:
     told(model, story)
 
 
+@pytest.mark.parametrize(("pause_s", "others", "awake"), [(0, 0, True), (0.6, 0, False), (0, 1, False)])
+def test_a_lone_client_who_asks_again_at_once_is_waited_for_awake_for_a_moment(
+    model: Model, monkeypatch: pytest.MonkeyPatch, pause_s: float, others: int, awake: bool
+) -> None:
+    monkeypatch.setattr(connection, "_PROMPT_S", 0.5)
+
+    async def story(here: Here, port: Any) -> None:
+        clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(1 + others)]
+        while len(here.host.connections) < 1 + others:
+            await asyncio.sleep(0)
+        reader, writer = clients[0]
+        turns = 0
+        stay = connection.Connection._stay_awake
+
+        def counted(self: connection.Connection) -> None:
+            nonlocal turns
+            turns += 1
+            stay(self)
+
+        monkeypatch.setattr(connection.Connection, "_stay_awake", counted)
+        for _ in range(3):
+            writer.write(LIVE)
+            await reader.readuntil(b"true}")
+            await asyncio.sleep(pause_s)
+        await asyncio.sleep(0.6)
+        assert (turns > 10) is awake
+        turns = 0
+        await asyncio.sleep(0.1)
+        assert turns == 0  # and then it sleeps
+        for _, one in clients:
+            one.close()
+
+    told(model, story)
+
+
 def test_a_request_in_single_bytes_is_a_request(model: Model) -> None:
     async def story(here: Here, port: Any) -> None:
         assert statuses(await talk(port, *(bytes([byte]) for byte in INFER))) == [200]
