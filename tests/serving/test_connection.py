@@ -194,8 +194,9 @@ def test_a_lone_client_who_asks_again_at_once_is_waited_for_awake_for_a_moment(
 
     async def story(here: Here, port: Any) -> None:
         clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(1 + others)]
-        while len(here.host.connections) < 1 + others:
-            await asyncio.sleep(0)
+        for reader, writer in clients:  # each is known to the server once it is answered
+            writer.write(LIVE)
+            await reader.readuntil(b"true}")
         reader, writer = clients[0]
         turns = 0
         stay = connection.Connection._stay_awake
@@ -207,9 +208,9 @@ def test_a_lone_client_who_asks_again_at_once_is_waited_for_awake_for_a_moment(
 
         monkeypatch.setattr(connection.Connection, "_stay_awake", counted)
         for _ in range(3):
+            await asyncio.sleep(pause_s)
             writer.write(LIVE)
             await reader.readuntil(b"true}")
-            await asyncio.sleep(pause_s)
         await asyncio.sleep(0.6)
         assert (turns > 10) is awake
         turns = 0
