@@ -12,33 +12,33 @@ from typing import Any
 from flows.orders import write
 from flows.page import moment, text
 from flows.story import evidence_of, fold, reports_in, weights
-from policies.approval import Question, shown_hash
+from policies.approval import Question, shown_hash, standing
 from policies.events import Answered
 from policies.evidence import Counts
 from policies.rollout import Rollout, due
 from tasks.ports import Clock, Entry, Ledger, NotThere, PortError
 
 
-def asked(ledger: Ledger, model: str) -> dict[str, Any]:
-    """What people are asked about the model's rollout under way; JSON-able. Raises NotThere if nobody is asked."""
+def asked(ledger: Ledger, model: str, at: float) -> dict[str, Any]:
+    """What people are asked now about the model's rollout under way; JSON-able. Raises NotThere if nobody is asked."""
     for name in ledger.rollouts(model, active=True):
         entries = ledger.read(name)
         state = fold(entries)
         if state is not None and state.question is not None:
-            return shown(entries, state, state.question)
+            return shown(entries, state, state.question, at)
     raise NotThere(f"no rollout of '{model}' waits for approval")
 
 
-def stands(ledger: Ledger, rollout: str, number: int) -> dict[str, Any] | None:
+def stands(ledger: Ledger, rollout: str, number: int, at: float) -> dict[str, Any] | None:
     """The question that the entry asked, as long as it is asked. Raises PortError."""
     entries = ledger.read(rollout)
     state = fold(entries)
     if state is None or state.question is None or state.question.number != number:
         return None
-    return shown(entries, state, state.question)
+    return shown(entries, state, state.question, at)
 
 
-def shown(entries: list[Entry], state: Rollout, question: Question) -> dict[str, Any]:
+def shown(entries: list[Entry], state: Rollout, question: Question, at: float) -> dict[str, Any]:
     """The question, with the evidence that it is asked on. Raises PortError if the ledger's evidence is not that."""
     quorum = state.terms.approvals
     assert quorum is not None
@@ -46,8 +46,9 @@ def shown(entries: list[Entry], state: Rollout, question: Question) -> dict[str,
     looked = next((entry for entry in said if entry.body.get("evidence_hash") == question.evidence_hash), None)
     if looked is None or shown_hash(looked.body) != question.evidence_hash:
         raise PortError(f"the ledger does not hold the evidence {question.evidence_hash[:12]} of {entries[0].rollout}")
-    evidence, ends = evidence_of(looked), due(state)
-    weight, shadow = weights(state)
+    evidence, ends, stand = evidence_of(looked), due(state), standing(quorum, question, at)
+    traffic = weights(state)
+    assert traffic is not None  # it has not ended
     stops = state.terms.stops
     to = "promotion" if question.to >= len(stops) else f"{stops[question.to].phase} {stops[question.to].weight} %"
     return {
@@ -60,7 +61,7 @@ def shown(entries: list[Entry], state: Rollout, question: Question) -> dict[str,
         "question": question.number,
         "to": to,
         "now": state.label,
-        "traffic": {"candidate": weight, "copies": shadow},
+        "traffic": {"candidate": traffic[0], "copies": traffic[1]},
         "ordered": question.ordered,
         "why": state.reason if question.ordered else looked.body["says"],
         "seen": looked.at,
@@ -75,7 +76,7 @@ def shown(entries: list[Entry], state: Rollout, question: Question) -> dict[str,
         "by": list(quorum.by),
         "not_by": list(state.askers),
         "count": quorum.count,
-        "given": [who for who, _ in question.given],
+        "given": [who for who, _ in question.given if who in stand],
         "until": ends,
         "otherwise": quorum.on_silence,
     }

@@ -6,7 +6,7 @@ import errno
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.cli_approval import approve
+from flows.cli_policy import plan, policy_app, read_policy
 from flows.cli_record import audit_app, quarantine_app
 from flows.settings import Settings, read_settings
 
 if TYPE_CHECKING:
-    from flows.policy import Found
+    pass
 
 DONE, REFUSED, USAGE, UNFINISHED = 0, 1, 2, 3
 
@@ -30,14 +31,13 @@ app = typer.Typer(
     help="Continuous delivery for machine-learning models.\n\nStart with: lockgate demo",
     epilog="Exit codes: 0 done, 1 refused or rolled back, 2 wrong usage or policy, 3 could not finish.",
 )
-policy_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check and explain policies.")
 app.add_typer(policy_app, name="policy")
 app.add_typer(audit_app, name="audit")
 app.add_typer(quarantine_app, name="quarantine")
 app.command(epilog='Example: lockgate approve flight-delay --reason "seen by the desk" --ticket CHG-42')(approve)
+app.command(epilog="Example: lockgate plan flights.yaml --rps 50")(plan)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-PolicyFile = Annotated[Path, typer.Argument(metavar="POLICY", help="The policy file, or the name of a ready-made one.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name in the registry.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; it goes on the record.")]
 
@@ -52,18 +52,6 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _print(document: Any) -> None:
     out.print_json(json.dumps(document, default=str))
-
-
-def _policy(wanted: Path) -> Found:
-    """The policy in the file, or of that name."""
-    from flows.policy import find
-    from policies.policy import PolicyError
-    from tasks.ports import BadInput
-
-    try:
-        return find(read_settings().shelf, str(wanted))
-    except (BadInput, PolicyError) as exc:
-        _fail(str(exc), USAGE)
 
 
 # ---------------------------------------------------------------- the platform
@@ -162,7 +150,7 @@ def deliver(
     """Register, check, let traffic on step by step, promote or take back. Waits for the end."""
     from flows.run import run_delivery
 
-    found = _policy(policy)
+    found = read_policy(policy)
     if rps is not None:
         from flows import planning
 
@@ -308,7 +296,7 @@ def rehearse(
     asked = {
         "model": model,
         "version": version,
-        "policy": str(_policy(policy).path or policy),
+        "policy": str(read_policy(policy).path or policy),
         "file": str(file.resolve()) if file else None,
         "rows": str(rows.resolve()) if rows else None,
         "rps": rps,
@@ -335,75 +323,6 @@ def monitor(
     if as_json and look is not None:
         _print(look)
     raise typer.Exit(code)
-
-
-# ---------------------------------------------------------------- policies
-
-Rps = Annotated[float | None, typer.Option("--rps", help="Expected requests a second.")]
-ErrorRate = Annotated[float, typer.Option(help="Share of requests that fail in the stable version.")]
-SlowRate = Annotated[float, typer.Option(help="Share of its requests beyond the latency gate's SLO.")]
-LabelLag = Annotated[float, typer.Option(help="Seconds after which an answer's label comes.")]
-
-
-@app.command(epilog="Example: lockgate plan flights.yaml --rps 50")
-def plan(
-    policy: PolicyFile,
-    rps: Rps = None,
-    error_rate: ErrorRate = 0.001,
-    slow_rate: SlowRate = 0.01,
-    label_lag: LabelLag = 0.0,
-    measured: Annotated[str | None, typer.Option(metavar="MODEL", help="Measure the traffic of this model.")] = None,
-    as_json: Json = False,
-) -> None:
-    """How long each stage will take and what each gate will see. Exit 2 where one could not see what it guards."""
-    from flows import planning
-
-    parsed = _policy(policy).policy
-    if (rps is None) == (measured is None):
-        _fail("say the traffic with exactly one of --rps and --measured", USAGE)
-    if measured is not None:
-        from flows.wiring import connect
-
-        traffic = replace(planning.measure(connect(read_settings()), measured, parsed), label_lag_s=label_lag)
-    else:
-        traffic = planning.Traffic(rps or 0.0, error_rate, slow_rate, label_lag)
-    made = planning.planned(parsed, traffic)
-    if as_json:
-        _print(planning.document(made, traffic, parsed))
-    else:
-        out.print("\n".join(planning.lines(made, traffic, parsed)), markup=False)
-    if made.problems:
-        _fail("\n".join(made.problems), USAGE)
-
-
-@policy_app.command(epilog="Example: lockgate policy check flights.yaml")
-def check(policy: PolicyFile, as_json: Json = False) -> None:
-    """Is the policy sound? Names the line and the nearest known key if not."""
-    parsed = _policy(policy).policy
-    if as_json:
-        _print({"policy": parsed.name, "digest": parsed.digest, "ok": True})
-    else:
-        out.print(f"{parsed.name}: sound (digest {parsed.digest[:12]})")
-
-
-@policy_app.command("explain", epilog="Example: lockgate policy explain flights.yaml")
-def explain_policy(policy: PolicyFile, as_json: Json = False) -> None:
-    """What the policy will do, in sentences, defaults included."""
-    from policies.words import explain as words
-
-    parsed = _policy(policy).policy
-    if as_json:
-        _print(parsed.model_dump(mode="json", by_alias=True))
-    else:
-        out.print("\n".join(words(parsed)), markup=False)
-
-
-@policy_app.command()
-def schema() -> None:
-    """The JSON Schema of policy files, for editors."""
-    from policies.policy import schema as made
-
-    sys.stdout.write(json.dumps(made(), indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- serving and the demo

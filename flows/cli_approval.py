@@ -33,8 +33,8 @@ def approve(
     from policies.rollout import Illegal
 
     settings = read_settings()
-    book = ledger(settings)
-    question = asked(book, model)
+    book, clock = ledger(settings), SystemClock()
+    question = asked(book, model, clock.now())
     if not as_json:
         out.print("\n".join(lines(question)), markup=False)
     if not question["evidence_hash"].startswith(evidence):
@@ -43,7 +43,7 @@ def approve(
     if reason:
         try:
             what = "refuse" if refuse else "approve"
-            state = answer(book, SystemClock(), question, settings.person, what, reason, ticket, via="command line")
+            state = answer(book, clock, question, settings.person, what, reason, ticket, via="command line")
         except Illegal as exc:
             raise BadInput(str(exc)) from exc
         document |= {"answer": what, "by": settings.person, "state": state.label}

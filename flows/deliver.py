@@ -13,6 +13,7 @@ from prefect import flow, get_run_logger
 from flows.checks import Preparation, prepare, run_checks
 from flows.delivery import Delivery, Files, request_submission, requested
 from flows.form import PrefectForms
+from flows.letting_go import hand_over, take_back
 from flows.orders import over
 from flows.pages import Pages
 from flows.policy import for_model
@@ -28,7 +29,7 @@ from flows.wiring import connect, herald, links
 from policies.policy import Policy, PolicyError, Trigger, parse
 from policies.rollout import OUTCOMES, Rollout
 from tasks.outcome import settle
-from tasks.ports import BadInput, NotThere, PortError, Ports, Refused
+from tasks.ports import BadInput, NotThere, PortError, Ports, Refused, Story
 from tasks.registration import register
 from tasks.report import publish_report
 
@@ -53,7 +54,13 @@ class Outcome:
     report: str | None = None
 
 
-@flow(name="deliver", flow_run_name="{model} → {target}: registering", retries=0)
+@flow(
+    name="deliver",
+    flow_run_name="{model} → {target}: registering",
+    retries=0,
+    on_cancellation=[take_back],
+    on_crashed=[hand_over],
+)
 def deliver(
     model: str,
     version: int | None = None,
@@ -81,7 +88,7 @@ def deliver(
     the platform cannot be reached.
     """
     ports = connect()
-    relay = Relay(ports.ledger, herald(), PrefectForms())
+    relay = Relay(ports.ledger, herald(ports.ledger), PrefectForms())
     publisher = Publisher(flow_run_id(), target, ports.ledger, links, relay.pass_on)
     asked = str(version) if by == REGISTRY and version is not None else None
     alias: str | None = Trigger().name
@@ -193,14 +200,13 @@ def conclude(ports: Ports, name: str, state: Rollout, seconds: float) -> Outcome
     except PortError as exc:
         # The outcome stands in the ledger; a report that could not be kept can be made from there again.
         get_run_logger().warning("the report could not be kept: %s", exc)
-    return outcome_of(ports, name, state, seconds, link)
+    return outcome_of(story, state, seconds, link)
 
 
-def outcome_of(ports: Ports, name: str, state: Rollout, seconds: float, link: str | None = None) -> Outcome:
-    """The outcome in figures. Raises PortError if the ledger cannot be read."""
-    story = story_of(ports.ledger.read(name))
+def outcome_of(story: Story, state: Rollout, seconds: float, link: str | None = None) -> Outcome:
+    """The outcome in figures."""
     return Outcome(
-        rollout=name,
+        rollout=story.rollout,
         model=state.model,
         version=state.candidate,
         outcome=OUTCOMES[state.phase],

@@ -46,13 +46,13 @@ def approval(rollout: str, question: int) -> str:
     turn = max((int(key) for key in asked_before), default=0)
     objection = ""
     if turn:
-        asked = stands(book, rollout, question)
+        asked = stands(book, rollout, question, clock.now())
         if asked is None:
             return _over(rollout)
         said = suspend_flow_run(wait_for_input=form(asked), timeout=_TIMEOUT_S, key=str(turn))
         objection = take(book, clock, asked, said, f"{context.flow_run.id}/{turn}")
         log.info("%s by %s: %s", said.answer, said.by, objection or "written down")
-    asked = stands(book, rollout, question)
+    asked = stands(book, rollout, question, clock.now())
     if asked is None:
         return _over(rollout)
     suspend_flow_run(wait_for_input=form(asked, objection), timeout=_TIMEOUT_S, key=str(turn + 1))

@@ -81,18 +81,22 @@ def picture(followed: Followed) -> RenderableType:
     state = followed.state
     if state is None:
         return Text("waiting for the rollout to begin", style="dim")
-    weight, shadow = weights(state)
     head = Text.assemble(
         (f"{state.model} v{state.candidate}", "bold"),
         f"  {state.label}  ",
         (f"{followed.at - followed.began:.0f} s", "dim"),
     )
     traffic = Table.grid(padding=(0, 1))
-    traffic.add_row(
-        f"traffic  v{state.stable or '-'} {100 - weight:3d} %",
-        Bar(100, 0, weight, width=30, color="green", bgcolor="blue"),
-        f"{weight:3d} % v{state.candidate}" + (f"   copies: {shadow} %" if shadow else ""),
-    )
+    wanted = weights(state)
+    if wanted is None:
+        traffic.add_row("traffic", "as it was when it halted; who serves: lockgate status", "")
+    else:
+        weight, shadow = wanted
+        traffic.add_row(
+            f"traffic  v{state.stable or '-'} {100 - weight:3d} %",
+            Bar(100, 0, weight, width=30, color="green", bgcolor="blue"),
+            f"{weight:3d} % v{state.candidate}" + (f"   copies: {shadow} %" if shadow else ""),
+        )
     traffic.add_row("progress", Bar(100, 0, share_done(state), width=30, color="cyan", bgcolor="black"), "")
     return Group(head, traffic, gates_table(followed.reports))
 
@@ -172,10 +176,10 @@ class LiveView:
 
     def _plain_line(self, followed: Followed) -> None:
         state = followed.state
-        if state is None or state.ended:
+        traffic = weights(state) if state is not None else None
+        if state is None or state.ended or traffic is None:
             return
-        weight, _ = weights(state)
         words = ", ".join(f"{report.gate} {report.verdict}" for report in followed.reports)
         below = self.below() if self.below else ""
         extra = f"; {below}" if below else ""
-        self.say(f"            {state.label}, {weight} % on v{state.candidate}; {words or 'checking'}{extra}")
+        self.say(f"            {state.label}, {traffic[0]} % on v{state.candidate}; {words or 'checking'}{extra}")

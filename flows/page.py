@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flows.story import evidence_of, weights
+from policies.approval import standing
 from policies.events import LOOKED_AT, Phase, from_body
 from policies.evidence import Counts, Evidence
 from policies.rollout import Rollout, due, earliest, step
@@ -102,7 +103,8 @@ def _how_it_stands(shown: Shown) -> str:
     if state.question is not None:
         asked = state.terms.approvals
         assert asked is not None
-        given = ", ".join(who for who, _ in state.question.given)
+        stand = standing(asked, state.question, shown.at)
+        given = ", ".join(who for who, _ in state.question.given if who in stand)
         need = f"{asked.count} of {', '.join(asked.by)}" + (f" (given by {given})" if given else "")
         return (
             f"**People are asked.** It needs the approval of {text(need)}: resume the suspended run"
@@ -154,9 +156,10 @@ def _or_else(state: Rollout) -> str:
 
 def _traffic(shown: Shown) -> str:
     state = shown.state
-    if state.phase is Phase.HALTED:
+    traffic = weights(state)
+    if traffic is None:
         return "Who serves is not known from here: `lockgate status` asks."
-    share, copies = weights(state)
+    share, copies = traffic
     stable = f"v{state.stable} (stable)" if state.stable else "no version before it"
     evidence = shown.seen.evidence if shown.seen else None
     lines: list[list[object]] = [["live traffic", f"{100 - share} %" if state.stable else "-", f"{share} %"]]
@@ -251,9 +254,8 @@ class Span:
     says: str = ""
 
     def line(self) -> dict[str, Any]:
-        share, copies = weights(self.state)
         seconds = "" if self.until is None else f"{self.until - self.since:.0f}"
-        return _line(self.state.label, share, copies, moment(self.since), seconds, self)
+        return _line(self.state.label, weights(self.state), moment(self.since), seconds, self)
 
 
 def stages(entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -279,16 +281,19 @@ def _to_come(state: Rollout) -> list[dict[str, Any]]:
         return []
     left = state.terms.stops[0 if state.phase is Phase.PENDING else state.stage + 1 :]
     return [
-        _line(f"{stop.phase} {stop.weight or stop.shadow} %", stop.weight, stop.shadow, "", f"≥ {stop.length_s:g}")
+        _line(f"{stop.phase} {stop.weight or stop.shadow} %", (stop.weight, stop.shadow), "", f"≥ {stop.length_s:g}")
         for stop in left
     ]
 
 
-def _line(stage: str, share: int, copies: int, since: str, seconds: str, span: Span | None = None) -> dict[str, Any]:
+def _line(
+    stage: str, traffic: tuple[int, int] | None, since: str, seconds: str, span: Span | None = None
+) -> dict[str, Any]:
+    share, copies = ("as it was", "") if traffic is None else (f"{traffic[0]} %", f"{traffic[1]} %")
     return {
         "stage": stage,
-        "traffic": f"{share} %",
-        "copies": f"{copies} %",
+        "traffic": share,
+        "copies": copies,
         "since": since,
         "seconds": seconds,
         "looks": span.looks if span else "",

@@ -29,7 +29,7 @@ from flows.rollout import Checks, Controller, Observer, Superseded
 from flows.runner import Runner, directly, in_prefect, is_dead, whoami
 from flows.runs import cancelled, look_at_registry
 from flows.settings import Settings
-from flows.story import fold, policy_of, target_of
+from flows.story import fold, policy_of, run_of, target_of
 from flows.turn import BEGIN_S
 from flows.wiring import connect, herald, links
 from policies.events import Phase
@@ -59,11 +59,12 @@ class Pass:
 
 
 @flow(name="reconcile", flow_run_name="reconcile", retries=0)
-def reconcile(at_once: bool = False) -> dict[str, Any]:
+def reconcile(at_once: bool = False, crashed: str | None = None) -> dict[str, Any]:
     """One pass over the platform.
 
     Args:
         at_once: Take over every unsettled rollout, also one that somebody drives.
+        crashed: The id of a flow run that has crashed: its rollout is taken over at once, if nobody has done so yet.
 
     Returns a `Pass` as a dictionary. Raises PortError if the ledger cannot be reached.
     """
@@ -71,7 +72,9 @@ def reconcile(at_once: bool = False) -> dict[str, Any]:
 
     checks_of = partial(_checks, ports, in_prefect)
     shown = Publishers(ports.ledger, links)
-    done = reconcile_with(ports, whoami(), in_prefect, checks_of, at_once, observe=shown, cancelled=cancelled)
+    done = reconcile_with(
+        ports, whoami(), in_prefect, checks_of, at_once, observe=shown, cancelled=cancelled, crashed=crashed
+    )
     shown.close()
     try:
         asked = look_at_registry(Settings())
@@ -79,7 +82,7 @@ def reconcile(at_once: bool = False) -> dict[str, Any]:
     except PortError as exc:
         done.left["registry"] = str(exc)
     try:
-        Relay(ports.ledger, herald(), PrefectForms()).pass_on()
+        Relay(ports.ledger, herald(ports.ledger), PrefectForms()).pass_on()
     except (PortError, ValueError) as exc:  # the latter: a ledger that does not fit, which `audit verify` tells
         done.left["events and forms"] = str(exc)
     return asdict(done)
@@ -121,6 +124,7 @@ def reconcile_with(
     all_of: Callable[[Jobs], None] = side_by_side,
     observe: Observer = lambda _progress: None,
     cancelled: Cancelled = lambda _runs: (),
+    crashed: str | None = None,
 ) -> Pass:
     """One pass, on the given ports. What cannot be done now is named in `left`, and stands in nobody's way."""
     done = Pass()
@@ -131,7 +135,7 @@ def reconcile_with(
         for name in names:
             entries = ports.ledger.read(name)
             now = ports.clock.now()
-            if (at_once and not _only_waits(entries, now)) or _abandoned(entries, now):
+            if (at_once and not _only_waits(entries, now)) or _left_by(crashed, entries) or _abandoned(entries, now):
                 controller = Controller(ports, name, f"{who}/{uuid.uuid4().hex[:6]}", run, checks_of(entries), observe)
                 jobs.append(_job(done, name, partial(_go_on, controller, entries, done)))
         all_of(jobs)
@@ -198,6 +202,11 @@ def _abandoned(entries: Sequence[Entry], now: float) -> bool:
     if state.phase is Phase.PENDING and state.holder:
         allowed += state.terms.check_s / 2  # checks take their time, and nothing is at stake meanwhile
     return not 0.0 <= quiet <= allowed
+
+
+def _left_by(run: str | None, entries: Sequence[Entry]) -> bool:
+    """Whether it is the rollout of the flow run, which has crashed, and nobody has taken it over since."""
+    return run is not None and run_of(entries) == run and sum(entry.kind == "taken" for entry in entries) <= 1
 
 
 def _only_waits(entries: Sequence[Entry], now: float) -> bool:

@@ -14,7 +14,8 @@ if __name__ == "__main__":
     from flows.settings import Settings
 
     def relay() -> Relay:
-        return Relay(ledger(Settings()), herald(), PrefectForms())
+        book = ledger(Settings())
+        return Relay(book, herald(book), PrefectForms())
 
     Thread(target=keep_relaying, args=[relay], name="relay", daemon=True).start()
     keep_reconciling()

@@ -116,7 +116,7 @@ class Relay:
 
     def _tell(self, entry: Mapping[str, Any], name: str, state: Rollout, run: str | None) -> None:
         body = entry["body"]
-        share, copies = weights(state)
+        share, copies = weights(state) or (None, None)
         said = next((str(body[key]) for key in ("says", "error", "reason") if body.get(key)), state.reason)
         payload = {
             "rollout": entry["rollout"],

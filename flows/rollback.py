@@ -17,7 +17,7 @@ from flows.orders import abort, over
 from flows.publish import Publisher
 from flows.rollout import Controller
 from flows.runner import Runner, directly, flow_run_id, in_prefect, whoami
-from flows.story import fold
+from flows.story import fold, story_of
 from flows.turn import BEGIN_S, still_claimed
 from flows.wiring import connect, links
 from policies.events import Phase, Requested, to_body
@@ -58,7 +58,7 @@ def rollback_without_prefect(model: str, reason: str, by: str) -> dict[str, Any]
     ports = connect()
     began = ports.clock.now()
     name, state = take_back(ports, model, reason, by, lambda _progress: None, directly)
-    return asdict(outcome_of(ports, name, state, ports.clock.now() - began))
+    return asdict(outcome_of(story_of(ports.ledger.read(name)), state, ports.clock.now() - began))
 
 
 def take_back(

@@ -62,9 +62,14 @@ def reports_in(body: Mapping[str, Any]) -> tuple[GateReport, ...]:
     return tuple(GateReport(**{**report, "verdict": Verdict(report["verdict"])}) for report in body.get("reports", ()))
 
 
-def weights(state: Rollout) -> tuple[int, int]:
-    """Percent of the live traffic on the candidate, and percent copied to a shadow, as the rollout wants it now."""
+def weights(state: Rollout) -> tuple[int, int] | None:
+    """Percent of the live traffic on the candidate, and percent copied to a shadow, as the rollout wants it now.
+
+    None once it has halted: it wants nothing any more, and the traffic is as it was.
+    """
     phase = state.phase.value
+    if phase == "halted":
+        return None
     if phase in ("shadow", "canary"):
         return state.stop.weight, state.stop.shadow
     if phase in ("promoting", "watching"):
@@ -106,7 +111,9 @@ def story_of(entries: Sequence[Entry]) -> Story:
         if entry.kind == "checked":
             checks = reports_in(entry.body)
         if evidence is not None and before is not None:
-            weight, shadow = weights(before)
+            traffic = weights(before)
+            assert traffic is not None  # what has halted is not looked at
+            weight, shadow = traffic
             reports = reports_in(entry.body)
             looks.append(Look(entry.at, before.label, weight, shadow, reports, evidence.stable, evidence.candidate))
             if evidence.candidate is not None:

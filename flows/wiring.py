@@ -202,11 +202,11 @@ def has_ledger(settings: Settings) -> bool:
     return bool(settings.ledger_url or settings.database) or (settings.folder / "ledger.db").exists()
 
 
-def herald() -> Herald:
-    """Who tells the Prefect server that this process has been pointed at."""
+def herald(book: Ledger | None = None) -> Herald:
+    """Who tells the Prefect server that this process has been pointed at; of the ledger, if of one."""
     from infra.herald_prefect import PrefectHerald
 
-    return PrefectHerald()
+    return PrefectHerald(book)
 
 
 def links(model: str, version: str) -> dict[str, str]:

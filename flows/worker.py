@@ -1,4 +1,4 @@
-"""The platform's worker: brings the deployments to the Prefect server, then runs what is asked for, a process a run."""
+"""The platform's worker: brings what is ours to the Prefect server, then runs what is asked for, a process a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def main() -> None:
     settings = Settings()
     configure(settings)
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", _POLLS_S)
-    from flows.deployments import POOL, apply
+    from flows import automations, deployments
 
-    apply(settings.deliveries_at_once, settings.monitor_cron)
-    asyncio.run(_work(settings, POOL))
+    deployments.apply(settings.deliveries_at_once, settings.monitor_cron)
+    automations.apply()
+    asyncio.run(_work(settings, deployments.POOL))
 
 
 async def _work(settings: Settings, pool: str) -> None:

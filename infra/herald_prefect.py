@@ -12,16 +12,19 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from tasks.ports import NotThere, PortError
+from tasks.ports import Ledger, NotThere, PortError
 from tasks.ports_monitor import Notice
 
-_TOLD = "lockgate_told"  # a Prefect variable: how far the ledger's events were told is known where they are told
+_TOLD = "lockgate_told"  # a Prefect variable: how far a ledger's events were told is known where they are told
 _TIMEOUT_S = 15.0
 _NAMES = uuid.uuid5(uuid.NAMESPACE_DNS, "lockgate")
 
 
 class PrefectHerald:
-    """`tasks.ports_monitor.Herald` on the server that Prefect's own settings name."""
+    """`tasks.ports_monitor.Herald` on the server that Prefect's own settings name; of one ledger, if of any."""
+
+    def __init__(self, ledger: Ledger | None = None) -> None:
+        self._ledger, self._variable = ledger, ""
 
     def tell(self, notice: Notice) -> None:
         model, version, rollout = notice.model, notice.version, notice.rollout
@@ -47,17 +50,28 @@ class PrefectHerald:
 
     def told_up_to(self) -> int | None:
         with _server("what was told cannot be read") as client:
-            found = client.read_variable_by_name(_TOLD)
+            found = client.read_variable_by_name(self._told())
         return found.value if found is not None and isinstance(found.value, int) else None
 
     def note_told(self, number: int) -> None:
         from prefect.client.schemas.actions import VariableCreate, VariableUpdate
 
+        name = self._told()
         with _server("what was told cannot be noted") as client:
-            if client.read_variable_by_name(_TOLD) is None:
-                client.create_variable(VariableCreate(name=_TOLD, value=number))
+            if client.read_variable_by_name(name) is None:
+                client.create_variable(VariableCreate(name=name, value=number))
             else:
-                client.update_variable(VariableUpdate(name=_TOLD, value=number))
+                client.update_variable(VariableUpdate(name=name, value=number))
+
+    def _told(self) -> str:
+        """The variable's name. Several ledgers may tell one server: each is known by how it began."""
+        if self._ledger is None or self._variable:
+            return self._variable or _TOLD
+        names = self._ledger.rollouts()
+        if not names:
+            return _TOLD
+        self._variable = f"{_TOLD}_{self._ledger.read(names[-1])[0].hash[:12]}"
+        return self._variable
 
     def start(self, key: str, deployment: str, parameters: Mapping[str, object]) -> str:
         from prefect.exceptions import ObjectNotFound

@@ -39,7 +39,7 @@ MODULES = (
     "flows.cli",
     "serving.server",
 )
-POLICY = toy.POLICY.replace("    - shadow: {share: 1.0, for: 3s}\n", "").replace("duration: 1s", "duration: 200ms")
+POLICY = toy.POLICY.replace("    - shadow: {share: 1.0, for: 3s}\n", "")
 
 
 def imports(rounds: int) -> dict[str, float]:

@@ -15,10 +15,12 @@ import httpx
 import psutil
 import pytest
 
+from flows import automations
 from flows.story import fold
 from infra.platform_local import running
 from infra.router_envoy import EnvoyRouter
 from tests.e2e import toy
+from tests.e2e.hints import part
 from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore::Warning")]
@@ -66,6 +68,12 @@ def test_an_alias_is_all_that_a_delivery_needs_and_what_happened_is_told(platfor
     assert settled(client, first)["lockgate.outcome"] == "promoted"
     with Clients(platform.ports["GATEWAY"], "toy", toy.REQUEST) as traffic:
         client, second = ask(platform, toy.make(platform.files / "v2", seed=2))
+        router = EnvoyRouter(platform.home / "agent")
+        wait_until(lambda: (route := router.current("toy")) is not None and route.candidate == second, 120)
+        for module in ("flows.worker", "flows.receiver"):  # in mid-rollout; its process goes on
+            process = part(platform, module)
+            assert process is not None
+            process.kill()
         assert settled(client, second)["lockgate.outcome"] == "promoted"
         assert client.get_registered_model("toy").aliases == {"champion": second, "previous": first}
         # Its answers are those of another task: the checks refuse it.
@@ -112,6 +120,7 @@ def test_who_cancels_the_flow_run_takes_the_traffic_back(platform: Platform) -> 
     assert tags["lockgate.outcome"] in ("rolled_back", "cancelled"), tags
     wait_until(lambda: outcome_of(platform, version) == "rolled back: abort ordered: its flow run was cancelled", 60)
     wait_until(lambda: states(platform)[run] == "CANCELLED", 60)
+    wait_until(lambda: any(line.startswith("cancelled: ") for line in said(platform, run)), 30, "the hook")
 
 
 def test_worker_and_delivery_killed_together_leave_no_run_that_nobody_ends(platform: Platform) -> None:
@@ -125,6 +134,37 @@ def test_worker_and_delivery_killed_together_leave_no_run_that_nobody_ends(platf
         assert settled(client, version)["lockgate.outcome"] in ("promoted", "rolled_back")
         wait_until(lambda: states(platform)[run] == "CRASHED", 60)
     assert traffic.failed() == []
+    wait_until(lambda: reconciled_after(platform, run) == ["COMPLETED"], 60, "the automation of a crash")
+
+
+def said(platform: Platform, run: str) -> list[str]:
+    """The lines of the run's log."""
+    url = f"http://127.0.0.1:{platform.ports['PREFECT']}/api/logs/filter"
+    return [line["message"] for line in httpx.post(url, json={"logs": {"flow_run_id": {"any_": [run]}}}).json()]
+
+
+def reconciled_after(platform: Platform, run: str) -> list[str]:
+    """The states of the runs of `reconcile` that were asked for after the run's crash."""
+    url = f"http://127.0.0.1:{platform.ports['PREFECT']}/api/flow_runs/filter"
+    found = httpx.post(url, json={"sort": "ID_DESC"}).json()
+    return [each["state_type"] for each in found if each["parameters"].get("crashed") == run]
+
+
+def test_the_automations_are_there_once_and_who_turns_one_off_is_heeded(platform: Platform) -> None:
+    api = f"http://127.0.0.1:{platform.ports['PREFECT']}/api/automations"
+
+    def there() -> dict[str, bool]:
+        return {each["name"]: each["enabled"] for each in httpx.post(f"{api}/filter", json={}).json()}
+
+    (crashed,) = [each for each in httpx.post(f"{api}/filter", json={}).json() if each["name"] == automations.CRASHED]
+    httpx.patch(f"{api}/{crashed['id']}", json={"enabled": False}).raise_for_status()
+    subprocess.run(
+        [sys.executable, "-c", "from flows import automations; automations.apply()"],  # as the worker does
+        env={**os.environ, "PREFECT_API_URL": api.removesuffix("/automations")},
+        check=True,
+        timeout=60,
+    )
+    assert there() == {automations.CRASHED: False, automations.ALARM: True}
 
 
 def outcome_of(platform: Platform, version: str) -> str:

@@ -10,8 +10,9 @@ from flows.orders import order
 from flows.page import Seen, Shown, moment, page, stages, table, text
 from flows.publish import artifact_key
 from flows.rollout import Progress
-from policies.events import Failed, Phase
+from policies.events import Failed, Phase, to_body
 from policies.rollout import step
+from tasks.ports import Entry
 from tests.stories.world import POLICY, World
 
 
@@ -58,6 +59,9 @@ def test_a_rollback_says_why_and_a_halt_says_that_a_person_is_needed() -> None:
     assert "**A person is needed.**" in halt
     assert "lockgate rollback m" in halt
     assert "Who serves is not known" in halt
+    halted = Entry(10**6, "r1", 10**6, promoting.event.at, "test", *to_body(stuck), "", "")
+    last = stages([*[each for each in world.ledger.read("r1") if each.number <= promoting.event.number], halted])[-1]
+    assert (last["stage"], last["traffic"]) == ("halted", "as it was")
     assert "live traffic" not in halt
 
 

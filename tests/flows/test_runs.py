@@ -6,15 +6,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
+from prefect.client.schemas.actions import VariableCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 
 from flows import runs
 from infra import herald_prefect
 from tasks.ports import PortError
+from tests.stories.world import World
 
 _TIMEOUT_S = 1.0
 
@@ -74,3 +78,25 @@ def test_a_run_that_somebody_has_deleted_is_an_error_of_the_port(empty: str) -> 
 def test_a_variable_that_somebody_has_deleted_is_an_error_of_the_port(empty: str) -> None:
     with temporary_settings({PREFECT_API_URL: empty}), pytest.raises(PortError, match=r"noted: .*404"):
         herald_prefect.PrefectHerald().note_told(7)
+
+
+def test_each_of_two_ledgers_that_tell_one_server_is_noted_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, int] = {}
+
+    class Server:
+        def read_variable_by_name(self, name: str) -> SimpleNamespace | None:
+            return SimpleNamespace(value=kept[name]) if name in kept else None
+
+        def create_variable(self, made: VariableCreate) -> None:
+            kept[made.name] = made.value
+
+    monkeypatch.setattr(herald_prefect, "_server", lambda _failed: nullcontext(Server()))
+    one, other, empty = World(), World(), World()
+    one.drive()
+    other.request("another")
+    heralds = [herald_prefect.PrefectHerald(world.ledger) for world in (one, other, empty)]
+    heralds[0].note_told(7)
+    assert [herald.told_up_to() for herald in heralds] == [7, None, None]
+    again = herald_prefect.PrefectHerald(one.ledger)
+    one.drive("r2")
+    assert again.told_up_to() == 7

@@ -40,7 +40,7 @@ def drive(world: World, *acts: tuple[float, Callable[[], Any]]) -> Rollout:
 
 def say(world: World, who: str, what: str = "approve", **other: str) -> Callable[[], Rollout]:
     def said() -> Rollout:
-        question = {**asked(world.ledger, MODEL), **other}
+        question = {**asked(world.ledger, MODEL, world.clock.now()), **other}
         return answer(world.ledger, world.clock, question, who, what, "seen by the desk", "CHG-42", via="test")
 
     return said
@@ -64,7 +64,9 @@ def test_two_people_approve_and_the_next_passing_look_promotes() -> None:
 def test_what_is_shown_is_the_evidence_that_it_was_asked_on() -> None:
     world = World(BEFORE_PROMOTION)
     seen: list[dict[str, Any]] = []
-    drive(world, (5, lambda: seen.append(asked(world.ledger, MODEL))), (6, say(world, "ann", "refuse")))
+    drive(
+        world, (5, lambda: seen.append(asked(world.ledger, MODEL, world.clock.now()))), (6, say(world, "ann", "refuse"))
+    )
     (question,) = seen
     assert (question["to"], question["by"], question["count"]) == ("promotion", ["ann", "ben"], 2)
     assert question["counts"]["candidate"]["requests"] > 0
@@ -147,7 +149,7 @@ def test_evidence_that_was_changed_in_the_ledger_cannot_be_approved() -> None:
 
 def test_without_a_question_there_is_nothing_to_approve() -> None:
     with pytest.raises(NotThere, match="waits for approval"):
-        asked(World().ledger, MODEL)
+        asked(World().ledger, MODEL, 0.0)
 
 
 def test_going_back_by_hand_asks_nobody() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from flows.letting_go import let_go
+from flows.orders import abort
 from flows.reconcile import Cancelled, Jobs, Pass, reconcile_with
 from flows.rollout import Superseded
 from policies.events import Phase
@@ -24,11 +26,14 @@ def one_by_one(jobs: Jobs) -> None:
         job()
 
 
-def a_pass(world: World, at_once: bool = False, cancelled: Cancelled = lambda _runs: ()) -> Pass:
+def a_pass(
+    world: World, at_once: bool = False, cancelled: Cancelled = lambda _runs: (), crashed: str | None = None
+) -> Pass:
     def checks_of(_entries: Sequence[Any]) -> Any:
         return world.controller().checks
 
-    return reconcile_with(world.ports, "reconciler", directly, checks_of, at_once, one_by_one, cancelled=cancelled)
+    more: dict[str, Any] = {"cancelled": cancelled, "crashed": crashed}
+    return reconcile_with(world.ports, "reconciler", directly, checks_of, at_once, one_by_one, **more)
 
 
 def dies_after(world: World, seconds: float, flow_run: str | None = None) -> None:
@@ -73,6 +78,38 @@ def test_a_rollout_whose_flow_run_was_cancelled_goes_back_though_its_process_was
     assert done.driven == {"r1": "rolled back"}
     assert world.router.current(MODEL).stable == "1"  # type: ignore[union-attr]
     assert world.ledger.quarantined("digest-2") is None, "nothing was shown against the bytes"
+
+
+def test_who_cancels_a_run_has_its_rollout_back_without_a_pass_of_the_reconciler() -> None:
+    world = World()
+    dies_after(world, 15.0, flow_run="run-1")
+    assert let_go(world.ports, "run-2", "its flow run was cancelled") == "no rollout of this run is under way"
+    assert let_go(world.ports, "run-1", "its flow run was cancelled") == "rollout r1: rolled back"
+    assert world.router.current(MODEL).stable == "1"  # type: ignore[union-attr]
+    assert world.ledger.claim(MODEL, "local", "next") == "next", "the model is free again"
+    assert a_pass(world, at_once=True, cancelled=lambda runs: runs).driven == {}
+
+
+def test_a_crashed_run_s_rollout_is_left_to_whoever_takes_it_over_and_only_one_does() -> None:
+    """The run crashes when Prefect's server is away, too, and that says nothing against the candidate."""
+    world = World()
+    dies_after(world, 15.0, flow_run="run-1")
+    assert "is left to the reconciler: canary 20 %" in let_go(world.ports, "run-1")
+    assert a_pass(world, crashed="run-2").driven == {}, "nobody else's"
+    world.ledger.append(
+        "r1", world.ledger.last("r1", 1)[0].sequence + 1, world.clock.now(), "other", "taken", {"by": "o"}
+    )
+    assert a_pass(world, crashed="run-1").driven == {}, "somebody drives it"
+    world = World()
+    dies_after(world, 15.0, flow_run="run-1")
+    assert a_pass(world, crashed="run-1").driven == {"r1": "promoted"}
+
+
+def test_a_run_that_crashes_on_its_way_back_goes_back_at_once() -> None:
+    world = World()
+    dies_after(world, 15.0, flow_run="run-1")
+    abort(world.ports, "r1", "ann", "complaints")
+    assert let_go(world.ports, "run-1") == "rollout r1: rolled back"
 
 
 def test_a_first_version_that_was_taken_back_and_started_late_all_the_same_is_ended() -> None:

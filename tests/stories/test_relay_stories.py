@@ -206,7 +206,7 @@ def paused(world: World) -> None:
 
 
 def approved(world: World) -> None:
-    answer(world.ledger, world.clock, asked(world.ledger, MODEL), "ann", "approve", "fine")
+    answer(world.ledger, world.clock, asked(world.ledger, MODEL, world.clock.now()), "ann", "approve", "fine")
 
 
 @pytest.mark.parametrize(
@@ -282,9 +282,9 @@ def test_the_form_s_answer_is_that_of_the_command_and_counts_once() -> None:
         state = fold(world.ledger.read("r1"))
         if said or state is None or state.question is None:
             return
-        question = stands(world.ledger, "r1", state.question.number)
+        question = stands(world.ledger, "r1", state.question.number, world.clock.now())
         assert question is not None
-        assert stands(world.ledger, "r1", state.question.number + 1) is None
+        assert stands(world.ledger, "r1", state.question.number + 1, world.clock.now()) is None
         fields = form(question, "no such name")
         schema = fields.model_json_schema()["properties"]
         assert schema["by"]["enum"] == ["ann", "ben"]
