@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from flows.settings import read_settings
+from policies.audit import Head
 from tasks.ports import BadInput
 
 audit_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Verify, export and recompute the record.")
@@ -40,24 +41,36 @@ def _key(path: Path | None) -> bytes | None:
     return key
 
 
+def _head(text: str) -> Head | None:
+    try:
+        return Head.parse(text) if text else None
+    except ValueError as exc:
+        raise BadInput(str(exc)) from exc
+
+
 @audit_app.command(epilog="Example: lockgate audit verify ledger.jsonl --key secret.txt")
 def verify(
     file: Annotated[
         Path | None, typer.Argument(metavar="[FILE]", help="An export; the ledger itself by default.")
     ] = None,
     key: KeyFile = None,
+    known: Annotated[
+        str, typer.Option("--known", metavar="NUMBER:HASH", help="A head that was shown earlier: its end is not cut.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Does every entry follow from the one before it? Names the first that does not; exit code 1 then."""
     from flows.record import as_document, verified
     from flows.wiring import ledger
 
-    seen = verified(ledger(read_settings()), file, _key(key))
+    if known and file is not None:
+        raise BadInput("--known is for the ledger itself: an export says at its end which head it has")
+    seen = verified(ledger(read_settings()), file, _key(key), _head(known))
     if as_json:
         out.print_json(json.dumps(as_document(seen)))
     elif seen.breach is None:
         signed = " its head is signed with this key" if seen.signed else ""
-        out.print(f"sound: {seen.head.number} entries, head {seen.head.hash}{signed}", markup=False)
+        out.print(f"sound: {seen.head.number} entries, head {seen.head}{signed}", markup=False)
     else:
         out.print(f"NOT sound: entry {seen.breach.number}: {seen.breach.why}", markup=False)
     raise typer.Exit(0 if seen.breach is None else 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.story import evidence_of, policy_of, reports_in
 from policies import audit, gates, monitor
-from policies.audit import Verified
+from policies.audit import Head, Verified
 from policies.policy import Monitor
 from policies.verdict import worst
 from tasks.ports import BadInput, Entry, Ledger
@@ -63,10 +63,11 @@ def _replay_monitor(entries: Sequence[Entry]) -> tuple[int, list[Difference]]:
     return len(looks), found
 
 
-def verified(ledger: Ledger, file: Path | None, key: bytes | None) -> Verified:
-    """The ledger itself, or a file that was exported from it, held against its own chain (and its head's signature)."""
+def verified(ledger: Ledger, file: Path | None, key: bytes | None, known: Head | None = None) -> Verified:
+    """The ledger itself, held against its own chain and a head that it had earlier; or a file that was exported from
+    it, held against the head at its end, and that one's signature."""
     if file is None:
-        return audit.verify(ledger.lines(), ledger.head())
+        return audit.verify(ledger.lines(), ledger.head(), known=known)
     try:
         with file.open("rb") as lines:
             return audit.verify_export(lines, key)

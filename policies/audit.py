@@ -5,8 +5,8 @@ the SHA-256 of the same line without its `hash`; `previous_hash` is the `hash` o
 deletion, a swap or an insertion breaks the chain at the first line that it touches, and `verify` names it.
 
 A chain cannot know that its end is missing: that needs its `Head` (how many entries, the last one's hash), kept where
-whoever cuts the ledger cannot reach, or signed. An export therefore ends with a line that holds its head; signed with
-a key (HMAC-SHA-256, RFC 2104), it cannot be cut or written anew without the key.
+whoever cuts the ledger cannot reach (an earlier one will do), or signed. An export therefore ends with a line that
+holds its head; signed with a key (HMAC-SHA-256, RFC 2104), it cannot be cut or written anew without the key.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ class Head:
 
     def __str__(self) -> str:
         return f"{self.number}:{self.hash}"
+
+    @classmethod
+    def parse(cls, text: str) -> Head:
+        """What `str` wrote. Raises ValueError for anything else."""
+        number, _, own_hash = text.partition(":")
+        if not number.isdecimal() or len(own_hash) != len(FIRST_HASH):
+            raise ValueError(f"'{text}' is not a head: it is written NUMBER:HASH, as `lockgate audit verify` shows it")
+        return cls(int(number), own_hash)
 
 
 @dataclass(frozen=True)
@@ -157,25 +165,31 @@ def seal(text: str) -> str:
 # ---------------------------------------------------------------- the check
 
 
-def verify(lines: Iterable[bytes], head: Head | None = None, after: Head | None = None) -> Verified:
-    """Does every line follow from the one before it, and do they end where `head` says?
+def verify(
+    lines: Iterable[bytes], head: Head | None = None, after: Head | None = None, known: Head | None = None
+) -> Verified:
+    """Does every line follow from the one before it, come by the head that is `known`, and end where `head` says?
 
-    `lines` are whole lines, newline included, from the entry after `after` (from the first one by default). Without
-    `head` nothing can be said about entries missing at the end.
+    `lines` are whole lines, newline included, from the entry after `after` (from the first one by default). `known` is
+    an earlier head of the same ledger. Without either nothing can be said about entries missing at the end.
     """
-    reached, breach = _walk(iter(lines), after or Head())
+    reached, breach = _walk(iter(lines), after or Head(), known)
+    if breach is None and known is not None and reached.number < known.number:
+        breach = _held_against(reached, known)
     if breach is None and head is not None:
         breach = _held_against(reached, head)
     return Verified(reached, breach)
 
 
-def _walk(lines: Iterator[bytes], start: Head) -> tuple[Head, Breach | None]:
+def _walk(lines: Iterator[bytes], start: Head, known: Head | None = None) -> tuple[Head, Breach | None]:
     reached = start
     for raw in lines:
         found = _next(raw, reached)
         if isinstance(found, str):
             return reached, Breach(reached.number + 1, found)
         reached = found
+        if known is not None and reached.number == known.number and reached != known:
+            return reached, _held_against(reached, known)
     return reached, None
 
 

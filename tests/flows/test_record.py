@@ -8,6 +8,7 @@ import pytest
 
 from flows.record import exported, replay, verified
 from policies import audit
+from policies.audit import Head
 from tasks.ports import BadInput
 from tests.stories.world import World
 
@@ -55,6 +56,20 @@ def test_an_export_is_verified_with_its_key_and_refused_with_another(world: Worl
 
 def test_the_ledger_is_held_against_its_own_head(world: World) -> None:
     assert verified(world.ledger, None, None).breach is None
+
+
+def test_a_ledger_that_was_cut_or_written_anew_is_found_by_a_head_that_was_noted_earlier(world: World) -> None:
+    lines = list(world.ledger.lines())
+    ends = [audit.verify(lines[:count]).head for count in range(1, len(lines) + 1)]
+    for count, known in enumerate(ends, 1):
+        assert verified(world.ledger, None, None, Head.parse(str(known))).breach is None
+        if count > 1:
+            cut = audit.verify(lines[: count - 1], known=known).breach
+            assert cut is not None
+            assert cut.number == count
+        other = audit.verify(lines, known=replace(known, hash="f" * 64)).breach
+        assert other is not None
+        assert other.number == count
 
 
 def test_a_rollout_that_is_not_there_is_bad_input() -> None:

@@ -11,10 +11,11 @@ import sqlalchemy as sa
 
 from infra import ledger_connections
 from infra.ledger_privileges import grants, main
-from infra.ledger_sql import SqlLedger
+from infra.ledger_sql import SqlLedger, line_of
 from policies import audit
 from tasks.ports import PortError
 from tests.infra.postgresql_server import postgresql, programs_or_skip
+from tests.infra.tampering import COLUMNS, edits_of
 from tests.ports.ledger_contract import NOW, Connect, LedgerContract
 
 pytestmark = pytest.mark.e2e
@@ -164,3 +165,74 @@ def test_folding_a_rollout_reads_its_own_entries_and_no_others(opened: Open) -> 
         for statement, parameters in queries:
             plan = connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars().all()
             assert not any("Seq Scan" in step for step in plan), (statement, plan)
+
+
+# ---------------------------------------------------------------- edits of what is stored
+
+
+@pytest.fixture
+def stored(url: str, opened: Open) -> Iterator[psycopg.Connection]:
+    """A superuser in a ledger of five entries, whose triggers are disabled."""
+    ledger = opened()
+    for sequence in range(1, 6):
+        ledger.append("r1", sequence, NOW + sequence, "t/1", "noted", {"n": sequence, "é": [None, 0.5]})
+    with psycopg.connect(url) as connection:
+        connection.execute("ALTER TABLE lockgate_entries DISABLE TRIGGER ALL")
+        connection.commit()
+        yield connection
+
+
+def test_every_edit_of_every_stored_value_is_detected(stored: psycopg.Connection, opened: Open) -> None:
+    head = opened().head()
+    everything = f"SELECT {', '.join(COLUMNS)} FROM lockgate_entries ORDER BY number"
+    tried = 0
+    for place, column in itertools.product((1, 3), COLUMNS):
+        row = stored.execute(f"SELECT {column} FROM lockgate_entries WHERE number = %s", [place]).fetchone()  # type: ignore[arg-type]
+        assert row is not None
+        for edited in edits_of(row[0]):
+            try:
+                stored.execute(f"UPDATE lockgate_entries SET {column} = %s WHERE number = %s", [edited, place])  # type: ignore[arg-type]
+            except (psycopg.errors.UniqueViolation, psycopg.DataError):
+                stored.rollback()  # the place of another entry, or nothing that PostgreSQL can store
+                continue
+            rows = stored.execute(everything).fetchall()  # type: ignore[arg-type]
+            stored.rollback()
+            tried += 1
+            assert audit.verify((line_of(*each) for each in rows), head).breach is not None, (column, row, edited)
+    assert tried > 3000
+    assert audit.verify(opened().lines(), head).breach is None
+
+
+def test_what_a_superuser_has_edited_deleted_swapped_or_cut_off_is_named(
+    stored: psycopg.Connection, opened: Open
+) -> None:
+    """By what `lockgate audit verify` asks; the end that was cut off, by a head that was known before."""
+    ledger = opened()
+    known = ledger.head()
+
+    def named(*statements: str) -> int | None:
+        """The entry that does not fit after the changes, which are then taken back."""
+        stored.execute("CREATE TEMP TABLE kept AS TABLE lockgate_entries")
+        for statement in statements:
+            stored.execute(statement.encode())
+        stored.commit()
+        found = audit.verify(ledger.lines(), ledger.head(), known=known)
+        stored.execute("DELETE FROM lockgate_entries")
+        stored.execute("INSERT INTO lockgate_entries TABLE kept")
+        stored.execute("DROP TABLE kept")
+        stored.commit()
+        assert audit.verify(ledger.lines(), ledger.head(), known=known).breach is None
+        return found.breach.number if found.breach is not None else None
+
+    table = "lockgate_entries"
+    for place in range(1, 6):
+        assert named(f"UPDATE {table} SET at = at + 1 WHERE number = {place}") == place
+        assert named(f"DELETE FROM {table} WHERE number = {place}") == place
+        assert named(f"DELETE FROM {table} WHERE number >= {place}") == place
+    for one, other in itertools.combinations(range(1, 6), 2):
+        swap = [
+            f"UPDATE {table} SET number = {new} WHERE number = {old}"
+            for old, new in ((one, -1), (other, one), (-1, other))
+        ]
+        assert named(*swap) == one
+    assert named(f"TRUNCATE {table}") == 1

@@ -15,6 +15,7 @@ from infra.ledger_sql import SqlLedger, line_of
 from policies import audit
 from policies.events import Ordered
 from tasks.ports import BadInput, PortError
+from tests.infra.tampering import COLUMNS, edits_of
 from tests.ports.ledger_contract import NOW, Connect, LedgerContract, append, carry_out, request
 
 
@@ -190,25 +191,6 @@ def stored(path: Path) -> sqlite3.Connection:
     for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
         connection.execute(f"DROP TRIGGER {name}")
     return connection
-
-
-COLUMNS = ("number", "rollout", "sequence", "at", "actor", "kind", "body", "previous_hash", "hash")
-
-
-def edits_of(value: object) -> Iterator[object]:
-    """Each bit of each byte of a text; each neighbour and each digit of a number."""
-    if isinstance(value, str):
-        raw = value.encode()
-        for offset, byte in enumerate(raw):
-            for bit in range(8):
-                yield (raw[:offset] + bytes([byte ^ (1 << bit)]) + raw[offset + 1 :]).decode("latin-1")
-            yield (raw[:offset] + raw[offset + 1 :]).decode()
-            yield (raw[:offset] + b" " + raw[offset:]).decode()
-    elif isinstance(value, int):
-        yield from (value + step for step in (-1, 1, 10, 100, 2**20) if value + step != value)
-    else:
-        assert isinstance(value, float)
-        yield from (value + 2**-20, value - 1, -value)
 
 
 def test_every_edit_of_every_stored_value_is_detected(ledger: SqlLedger, path: Path) -> None:

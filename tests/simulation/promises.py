@@ -130,7 +130,14 @@ def _of_traffic(run: Run) -> Iterator[str]:
     by_number = {entry.number: entry for entry in run.ledger.entries}
     lease = run.made.policy.rollout.lease
     highest, share = 0, 0
+    before: Route | None = None
+    taken_back: set[int] = set()
     for at, route, quarantined in run.router.noted:
+        if before is not None and before.candidate and not route.candidate and route.epoch == before.epoch:
+            taken_back.add(route.epoch)
+        elif route.candidate and route.epoch in taken_back:
+            yield f"4: v{route.candidate} got traffic again by epoch {route.epoch}, whose lease had run out"
+        before = route
         if route.epoch < highest:
             yield f"5: epoch {route.epoch} came into force after {highest}"
         highest = max(highest, route.epoch)
@@ -191,6 +198,8 @@ def _of_rest(run: Run, books: dict[str, list[Entry]]) -> Iterator[str]:
         yield from _of_who_serves(run, states, held.route)
     if run.ledger._claims:
         yield f"3: claims are left: {run.ledger._claims}"
+    for name in books.keys() - run.registry.told:
+        yield f"3: nobody was told how {name} ended"
     if run.made.calm:
         yield from _of_calm(run, books)
 

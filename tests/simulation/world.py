@@ -58,11 +58,16 @@ class SimLedger(FakeLedger):
 
 
 class SimRegistry(MemoryRegistry):
-    """Versions with the scenario's digests; their files can be fetched."""
+    """Versions with the scenario's digests; their files can be fetched. `told`: the rollouts whose end it knows of."""
 
     def __init__(self, digests: dict[str, str]) -> None:
         super().__init__()
         self.digests = digests
+        self.told: set[str] = set()
+
+    def tag(self, model: str, version: str, tags: dict[str, str]) -> None:
+        super().tag(model, version, tags)
+        self.told.add(tags["lockgate.rollout"])
 
     def version(self, model: str, version: str) -> ModelVersion:
         return ModelVersion(model, version, self.digests[version], Signature((), ()), "run")
