@@ -5,6 +5,7 @@ Every file is written aside, synced and renamed, so that a crash leaves the old 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -13,11 +14,14 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from serving.agent_errors import BadRequest, NotDurable
 
+_NUMBERS = count(1)  # of files written aside: several may wait for a slow disk
 EVENTS_KEPT = 1000
 UNUSED_MODELS_KEPT = 10
 
@@ -29,7 +33,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 def write_aside(path: Path, data: bytes, mode: int = 0o600) -> Path:
     """Quick: the data is in a file beside `path`, for `put_in_place`. Raises NotDurable where there is no room."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{next(_NUMBERS)}")
     with _durable(path, aside):
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with open(descriptor, "wb") as file:  # noqa: PTH123 - from a descriptor, to set the mode at creation
@@ -65,6 +69,40 @@ def write_whole(path: Path, data: bytes) -> None:
     aside = write_aside(path, data)
     with _durable(path, aside):
         aside.replace(path)
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Content that waits beside its file to be put in place; `number` counts them in the order of their making."""
+
+    path: Path
+    number: int
+
+
+class StateFile:
+    """A file that is replaced whenever something changes, by several at once. The newest content wins, however long the
+    disk takes for an older one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._made = 0
+        self._on_disk = 0
+        self._disk = asyncio.Lock()
+
+    def aside(self, data: bytes) -> Aside:
+        """Quick: the content, for `put`. Raises NotDurable where there is no room."""
+        written = write_aside(self.path, data)
+        self._made += 1
+        return Aside(written, self._made)
+
+    async def put(self, aside: Aside) -> None:
+        """As slow as the disk: this content, or a newer one, is on it when this returns. Raises NotDurable."""
+        async with self._disk:
+            if aside.number < self._on_disk:
+                aside.path.unlink(missing_ok=True)
+                return
+            await asyncio.to_thread(put_in_place, aside.path, self.path)
+            self._on_disk = aside.number
 
 
 def _sync_folder(folder: Path) -> None:

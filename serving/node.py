@@ -3,7 +3,7 @@
 Its state is one file; `begin` makes the machine be as the file says, going on with the processes that survived a killed
 agent. A change of traffic is answered once it is on disk and in force; both are waited for at once, since a disk may
 take longer than all the rest. An agent that dies in between has answered nobody, and goes on from the former state or
-the new one. One coroutine at a time changes anything.
+the new one. What takes traffic away comes into force whatever the disk is doing, for this change or another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ import orjson
 from policies.traffic import Route, route_of
 from serving import gateway, gateway_routes, routes
 from serving.agent_errors import AgentError, BadRequest, Conflict, NotDurable, StartError
-from serving.durable import EventLog, ModelStore, drop_oldest, put_in_place, read_json, write_aside, write_durably
+from serving.durable import EventLog, ModelStore, StateFile, drop_oldest, read_json
 from serving.envoy import Envoy
 from serving.launcher import SERVER, Launcher
-from serving.processes import Process, survivors
+from serving.processes import survivors
 from serving.supervisor import Places, VersionRunner, VersionSpec
 
 LEASE_CHECK_S = 0.2
@@ -60,14 +61,18 @@ def _boot() -> str:
 
 
 class Agent:
-    """What runs and what is routed on this machine. One coroutine changes things at a time."""
+    """What runs and what is routed on this machine."""
 
     def __init__(self, settings: AgentSettings) -> None:
         self.settings = settings
         self.home = settings.home
         self.started = time.time()
-        self._state = self.home / "state.json"
-        self._lock = asyncio.Lock()
+        self._state = StateFile(self.home / "state.json")
+        self._versions = asyncio.Lock()  # one version at a time comes or goes
+        self._growing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by model: whose traffic may grow
+        self._applying = asyncio.Lock()  # never held over a disk's sync
+        self._saving: asyncio.Task[None] | None = None
+        self._unsaved = False
         self._runners: dict[tuple[str, str], VersionRunner] = {}
         self._held: dict[str, routes.Held] = {}
         self._leaving: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -94,7 +99,7 @@ class Agent:
         self._launcher.begin()  # always a new one: a surviving zygote may have imported what has since been replaced
         adopted = sum(len(processes) for processes in found.values())
         for spec in specs:
-            self._run(spec, found)
+            self._new_runner(spec).begin(found)
         self._end_leases()
         envoys = found.get(self._envoy.what, [])
         envoy = envoys.pop() if envoys else None
@@ -112,6 +117,8 @@ class Agent:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._lease_task
         await self._envoy.stop()
+        if self._saving is not None:
+            await self._saving
         await asyncio.gather(*self._leaving.values(), *(runner.stop() for runner in self._runners.values()))
         await self._launcher.stop()
 
@@ -127,7 +134,7 @@ class Agent:
         if leaving is not None:  # its former processes still drain, and have its sockets
             await asyncio.shield(leaving)
         await asyncio.to_thread(self._store.add, source, spec.digest)  # may take long, so before the lock: leases go on
-        async with self._lock:
+        async with self._versions:
             runner = self._runners.get((spec.model, spec.version))
             if runner is not None:
                 if runner.spec.digest != spec.digest:
@@ -142,21 +149,30 @@ class Agent:
                     f"version {spec.version} of {spec.model} is deployed with other settings"
                     f" ({_difference(runner.spec, spec)}); undeploy it first"
                 )
-            self._save([*self._specs(), spec])
-            self._run(spec, {})
+            runner = self._new_runner(spec)
+            try:
+                await self._save()
+            except BaseException:
+                del self._runners[spec.model, spec.version]
+                raise
+            runner.begin({})
             await self._apply()
 
     async def undeploy(self, model: str, version: str) -> None:
         """Drained and gone. Idempotent. Raises Conflict while the route sends it traffic."""
-        async with self._lock:
+        async with self._versions:
             runner = self._runners.get((model, version))
             if runner is None:
                 return
             held = self._held.get(model)
             if held is not None and version in _in_use(held.route):
                 raise Conflict(f"version {version} of {model} is in the route; route the traffic elsewhere first")
-            self._save([spec for spec in self._specs() if spec != runner.spec])
-            del self._runners[model, version]
+            del self._runners[model, version]  # no route may name it from now on
+            try:
+                await self._save()
+            except BaseException:
+                self._runners[model, version] = runner
+                raise
             try:
                 await self._apply()
             finally:
@@ -179,22 +195,31 @@ class Agent:
 
     async def set_route(self, route: Route) -> None:
         """In force in the gateway when this returns. Raises Conflict, NotReady, NotDurable, NotInForce."""
-        async with self._lock:
-            before = self._held.get(route.model)
-            for version in _in_use(route):
-                if (route.model, version) not in self._runners:
-                    raise Conflict(f"version {version} of {route.model} is not deployed here; deploy it first")
-            held = routes.changed(before, route, self._capacity(route.model), since_boot())
-            await self._take_on(held, before, may_be_lost=routes.without_more(before.route if before else None, route))
+        if self._gives_no_more(route):
+            await self._set_route(route, may_be_lost=True)
+        else:
+            async with self._growing[route.model]:
+                before = self._held.get(route.model)
+                may_be_lost = routes.without_more(before.route if before else None, route)
+                await self._set_route(route, may_be_lost)
 
-    async def _take_on(self, held: routes.Held, before: routes.Held | None, may_be_lost: bool) -> None:
+    def _gives_no_more(self, route: Route) -> bool:
+        before = self._held.get(route.model)
+        if before is not None and before.route == route and (route.weight or route.shadow):
+            return False  # asked again while the disk is waited for: what becomes of it is not known yet
+        return routes.without_more(before.route if before else None, route)
+
+    async def _set_route(self, route: Route, may_be_lost: bool) -> None:
         """Brings the route in force and on disk. With `may_be_lost` a disk that takes no more does not prevent it; else
         the former route stays, or is in force again, when NotDurable is raised.
         """
-        model = held.route.model
-        self._hold(model, held)
+        model, before = route.model, self._held.get(route.model)
+        for version in _in_use(route):
+            if (model, version) not in self._runners:
+                raise Conflict(f"version {version} of {model} is not deployed here; deploy it first")
+        self._held[model] = routes.changed(before, route, self._capacity(model), since_boot())
         try:
-            aside = write_aside(self._state, self._as_bytes(self._specs()))
+            aside = self._state.aside(self._as_bytes())
         except NotDurable as exc:
             if not may_be_lost:
                 self._hold(model, before)
@@ -202,19 +227,24 @@ class Agent:
             self._tell("not-durable", f"the route of {model} will not be on disk: {exc}", model=model)
             await self._apply()
             return
-        # In this order: the gateway is told before the disk is waited for.
-        on_disk = asyncio.to_thread(put_in_place, aside, self._state)
-        applied, written = await asyncio.gather(self._apply(), on_disk, return_exceptions=True)
+        # Both at once, the gateway being told before the disk is waited for.
+        applied, written = await asyncio.gather(self._apply(), self._state.put(aside), return_exceptions=True)
         if isinstance(written, NotDurable) and may_be_lost:
             self._tell("not-durable", f"the route of {model} is not on disk: {written}", model=model)
         elif isinstance(written, BaseException):
-            self._hold(model, before)
-            await self._apply()
-            with contextlib.suppress(NotDurable):  # the route that is refused may have come under its name all the same
-                await asyncio.to_thread(self._save, self._specs())
+            await self._take_back(route, before)
             raise written
         if isinstance(applied, BaseException):
             raise applied
+
+    async def _take_back(self, route: Route, before: routes.Held | None) -> None:
+        """The former route is in force again, unless the refused one has been replaced while the disk was waited for.
+        It may have come under its name on disk all the same, so the state is written once more."""
+        if self._held[route.model].route == route:
+            self._hold(route.model, before)
+        await self._apply()
+        with contextlib.suppress(NotDurable):
+            await self._save()
 
     def _hold(self, model: str, held: routes.Held | None) -> None:
         if held is None:
@@ -224,12 +254,9 @@ class Agent:
 
     async def renew(self, model: str, epoch: int) -> float | None:
         """The lease begun anew; the seconds it now has. Raises Conflict."""
-        async with self._lock:
-            held = routes.renewed(self._held.get(model), model, epoch, since_boot())
-            self._held[model] = held
-            with contextlib.suppress(NotDurable):  # a restart would then find the older renewal: shorter, never longer
-                await asyncio.to_thread(self._save, self._specs())
-            return held.lease_left_s(since_boot())
+        held = self._held[model] = routes.renewed(self._held.get(model), model, epoch, since_boot())
+        self._save_soon()  # a restart may find the older renewal: shorter, never longer
+        return held.lease_left_s(since_boot())
 
     def events(self, after: int) -> list[dict[str, Any]]:
         """What the agent did by itself after that event."""
@@ -260,13 +287,11 @@ class Agent:
         while True:
             await asyncio.sleep(LEASE_CHECK_S)
             try:
-                async with self._lock:
-                    ended = self._end_leases()
-                    if ended or self._unapplied:
-                        await self._apply_or_suspend()
-                    if ended:  # not before: traffic does not wait for a disk
-                        with contextlib.suppress(NotDurable):  # a restart finds the lease over again
-                            await asyncio.to_thread(self._save, self._specs())
+                ended = self._end_leases()
+                if ended or self._unapplied:
+                    await self._apply_or_suspend()
+                if ended:
+                    self._save_soon()  # a restart finds the lease over again
             except Exception:  # noqa: BLE001 - nothing may end the enforcement of leases; it is logged in full
                 _log.exception("the lease check failed; it goes on")
 
@@ -332,12 +357,14 @@ class Agent:
 
     async def _apply(self) -> None:
         """Clusters first, then the routes that name them."""
-        self._unapplied = True
-        await self._envoy.put("clusters", self._clusters())
-        await self._envoy.put("routes", self._routes())
-        self._in_force = [held.route for held in self._held.values()]
-        self._unapplied = False
-        self._warned.clear()
+        async with self._applying:
+            self._unapplied = True
+            await self._envoy.put("clusters", self._clusters())
+            wanted, resources = [held.route for held in self._held.values()], self._routes()
+            await self._envoy.put("routes", resources)
+            self._in_force = wanted
+            self._unapplied = wanted != [held.route for held in self._held.values()]
+            self._warned.clear()
 
     def _clusters(self) -> list[dict[str, Any]]:
         backends = [
@@ -351,12 +378,12 @@ class Agent:
 
     # --- state ---
 
-    def _run(self, spec: VersionSpec, found: dict[str, list[Process]]) -> None:
+    def _new_runner(self, spec: VersionSpec) -> VersionRunner:
         samples = self.home / "samples" / quote(spec.model, safe="") / quote(spec.version, safe="")
         places = Places(self.home / "run", self.home / "logs", samples, self._store.path(spec.digest))
         runner = VersionRunner(spec, places, self._launcher, self._tell)
         self._runners[spec.model, spec.version] = runner
-        runner.begin(found)
+        return runner
 
     def _specs(self) -> list[VersionSpec]:
         return [runner.spec for runner in self._runners.values()]
@@ -368,16 +395,28 @@ class Agent:
             if name == model
         }
 
-    def _save(self, specs: Sequence[VersionSpec]) -> None:
-        """Raises NotDurable."""
-        write_durably(self._state, self._as_bytes(specs))
+    async def _save(self) -> None:
+        """What is wanted now is on disk when this returns. Raises NotDurable."""
+        await self._state.put(self._state.aside(self._as_bytes()))
 
-    def _as_bytes(self, specs: Sequence[VersionSpec]) -> bytes:
+    def _save_soon(self) -> None:
+        """For what nobody waits for, and a restart can do without."""
+        self._unsaved = True
+        if self._saving is None or self._saving.done():
+            self._saving = asyncio.create_task(self._save_while_asked(), name="saving")
+
+    async def _save_while_asked(self) -> None:
+        while self._unsaved:
+            self._unsaved = False
+            with contextlib.suppress(NotDurable):
+                await self._save()
+
+    def _as_bytes(self) -> bytes:
         now, wall = since_boot(), time.time()
         state = {
             "form": 1,
             "boot": _boot(),
-            "versions": [asdict(spec) for spec in specs],
+            "versions": [asdict(spec) for spec in self._specs()],
             "routes": [
                 {
                     "route": asdict(held.route),
@@ -392,7 +431,7 @@ class Agent:
 
     def _load(self) -> list[VersionSpec]:
         """Takes the routes from the state file and returns the versions. Raises BadRequest for a file that is none."""
-        state = read_json(self._state)
+        state = read_json(self._state.path)
         if state is None:
             return []
         try:
@@ -405,7 +444,7 @@ class Agent:
                 self._held[route.model] = routes.Held(route, renewed, lost)
             return [VersionSpec(**entry) for entry in state["versions"]]
         except (KeyError, TypeError, ValueError) as exc:
-            raise BadRequest(f"{self._state} does not read as an agent's state: {exc!r}") from exc
+            raise BadRequest(f"{self._state.path} does not read as an agent's state: {exc!r}") from exc
 
     def _tell(self, kind: str, says: str, **facts: Any) -> None:
         _log.info("%s", says)

@@ -311,7 +311,8 @@ end
 
 
 def soak(model: Path, folder: Path, requests: int) -> dict[str, Any]:
-    """So many requests, good and bad, each with an id of its own: resident MB as they go on, after a sixth of them."""
+    """So many requests, good and bad, each with an id of its own: resident MB as they go on, and grown in their second
+    half. In the first one the room for samples fills up to its bound, whenever their writer comes late."""
     port, script = free_port(), write_script(folder / "soak.lua", 1, "oip")
     script.write_text(script.read_text() + SOAK)
     url, seen = f"http://127.0.0.1:{port}", []
@@ -325,10 +326,8 @@ def soak(model: Path, folder: Path, requests: int) -> dict[str, Any]:
             counts = re.findall(r'lockgate_requests_total\{[^}]*code="(\d+)"\} (\d+)', text)
             assert not [code for code, count in counts if int(code) >= 500 and int(count)], text
             seen.append((sum(int(count) for _, count in counts), p.memory_info().rss / 2**20))
-    warm = [mb for count, mb in seen if count >= requests / 6]
-    print(
-        f"soak      {seen[-1][0]} requests   {warm[0]:.1f} MB after a sixth   {warm[-1]:.1f} MB at the end", flush=True
-    )
+    warm = [mb for count, mb in seen if count >= requests / 2]
+    print(f"soak      {seen[-1][0]} requests   {' '.join(f'{mb:.1f}' for _, mb in seen)} MB", flush=True)
     return {"requests": seen[-1][0], "resident_mb": [mb for _, mb in seen], "grown_mb": warm[-1] - warm[0]}
 
 
@@ -366,8 +365,8 @@ def checks_of(raw: dict[str, Any]) -> list[dict[str, Any]]:
     for what, right in raw["kserve_client"].items():
         check(f"KServe's client: {what}", float(right), 1.0, float.__ge__, ">=")
     if "soak" in raw:
-        what = f"memory grown over {raw['soak']['requests']} requests, good and bad, MB"
-        check(what, raw["soak"]["grown_mb"], 8.0, float.__le__, "<=")
+        what = f"memory grown in the second half of {raw['soak']['requests']} requests, good and bad, MB"
+        check(what, raw["soak"]["grown_mb"], 4.0, float.__le__, "<=")
     took, private = (statistics.median(raw["starts"][name]) for name in ("ready_ms", "private_mb"))
     check("start to ready from the zygote, ms (median)", took, 100.0, float.__le__, "<=")
     check("private memory per further version, MB (median)", private, 20.0, float.__le__, "<=")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 
 from policies.traffic import Route
-from serving import gateway, node
-from serving.agent_errors import NotDurable
-from serving.durable import put_in_place, write_durably
+from serving import durable, gateway, node
+from serving.agent_errors import Conflict, NotDurable
+from serving.durable import put_in_place
 from serving.supervisor import VersionSpec
 
 PATH = "/v2/models/m"
@@ -69,7 +70,7 @@ def test_the_gateway_does_not_wait_for_the_disk_but_the_answer_does(
         assert envoy.told.wait(10), "the disk was waited for first"
         put_in_place(aside, path)
 
-    monkeypatch.setattr(node, "put_in_place", slow)
+    monkeypatch.setattr(durable, "put_in_place", slow)
     asyncio.run(agent.set_route(canary(10, epoch=1)))
     assert envoy.weights == [10]
     assert on_disk(agent) == 10
@@ -78,13 +79,13 @@ def test_the_gateway_does_not_wait_for_the_disk_but_the_answer_does(
 def test_a_lease_that_is_over_ends_the_share_before_the_disk_is_waited_for(
     agent: node.Agent, envoy: NotingEnvoy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(path: Path, data: bytes) -> None:
+    def slow(aside: Path, path: Path) -> None:
         assert 0 in envoy.weights, "the disk was waited for first"
-        write_durably(path, data)
+        put_in_place(aside, path)
 
     async def lapse() -> None:
         await agent.set_route(replace(canary(10, epoch=1), lease_s=0.2))
-        monkeypatch.setattr(node, "write_durably", slow)
+        monkeypatch.setattr(durable, "put_in_place", slow)
         keeping = asyncio.create_task(agent._keep_leases())
         async with asyncio.timeout(20):
             while agent._held["m"].lost is None or on_disk(agent):  # noqa: ASYNC110 - nobody is told when it is on disk
@@ -104,7 +105,7 @@ def test_a_route_that_was_refused_after_it_had_its_name_on_disk_is_not_found_the
 
     async def grow() -> None:
         await agent.set_route(canary(10, epoch=1))
-        monkeypatch.setattr(node, "put_in_place", renamed_and_not_synced)
+        monkeypatch.setattr(durable, "put_in_place", renamed_and_not_synced)
         with pytest.raises(NotDurable):
             await agent.set_route(canary(20, epoch=2))
 
@@ -120,7 +121,7 @@ def test_a_disk_that_fails_late_takes_a_larger_share_back(
 
     async def grow_then_shrink() -> None:
         await agent.set_route(canary(10, epoch=1))
-        monkeypatch.setattr(node, "put_in_place", failing)
+        monkeypatch.setattr(durable, "put_in_place", failing)
         with pytest.raises(NotDurable):
             await agent.set_route(canary(20, epoch=2))
         await agent.set_route(Route("m", "1", epoch=3))
@@ -129,3 +130,77 @@ def test_a_disk_that_fails_late_takes_a_larger_share_back(
     assert envoy.weights == [10, 20, 10, 0]
     assert on_disk(agent) == 10
     assert [event["kind"] for event in agent.events(0)] == ["not-durable"]
+
+
+class StuckDisk:
+    """Syncs nothing until it is released, and fails then if it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waiting, self.released, self.fails = threading.Event(), threading.Event(), False
+        monkeypatch.setattr(durable, "put_in_place", self._put)
+
+    def _put(self, aside: Path, path: Path) -> None:
+        self.waiting.set()
+        assert self.released.wait(20)
+        if self.fails:
+            self.fails = False
+            aside.unlink()
+            raise NotDurable("input/output error")
+        put_in_place(aside, path)
+
+
+async def until(holds: Callable[[], Any]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():  # noqa: ASYNC110 - nobody is told
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_while_a_disk_is_stuck_shares_are_taken_back_by_order_and_by_lease(
+    agent: node.Agent, envoy: NotingEnvoy, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    for version in ("1", "2"):
+        agent._runners["other", version] = agent._runners["m", version]
+
+    async def stuck() -> list[Any]:
+        await agent.set_route(canary(10, epoch=1))
+        await agent.set_route(Route("other", "1", "2", weight=50, epoch=1, lease_s=0.5))
+        disk = StuckDisk(monkeypatch)
+        disk.fails = fails
+        grows = asyncio.create_task(agent.set_route(canary(20, epoch=2)))
+        again = asyncio.create_task(agent.set_route(canary(20, epoch=2)))
+        await until(disk.waiting.is_set)
+        renewed = await agent.renew("m", 2)
+        assert renewed is None  # a route without a lease; the disk is not waited for
+        keeping = asyncio.create_task(agent._keep_leases())
+        await until(lambda: agent._held["other"].lost is not None)  # another model's lease
+        back = asyncio.create_task(agent.set_route(Route("m", "1", epoch=3)))
+        await until(lambda: envoy.weights[-1] == 0)
+        disk.released.set()
+        ended = await asyncio.gather(grows, back, again, return_exceptions=True)
+        keeping.cancel()
+        await until(lambda: agent._saving is None or agent._saving.done())
+        return ended
+
+    grew, back, again = asyncio.run(stuck())
+    assert isinstance(grew, NotDurable) is fails
+    assert grew is None or fails
+    assert back is None
+    assert isinstance(again, Conflict)  # epoch 3 stands now
+    assert envoy.weights[-1] == 0
+    assert agent._held["m"].route == Route("m", "1", epoch=3)
+    state = json.loads((agent.home / "state.json").read_bytes())
+    assert [entry["route"]["weight"] for entry in state["routes"]] == [0, 0]
+    assert not [path.name for path in agent.home.iterdir() if path.name.startswith(".state")]
+
+
+def test_an_older_content_that_comes_late_does_not_replace_a_newer_one(tmp_path: Path) -> None:
+    async def late() -> None:
+        file = durable.StateFile(tmp_path / "state.json")
+        older, newer = file.aside(b"older"), file.aside(b"newer")
+        await file.put(newer)
+        await file.put(older)
+
+    asyncio.run(late())
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+    assert (tmp_path / "state.json").read_bytes() == b"newer"
