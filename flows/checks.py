@@ -102,7 +102,8 @@ def _on_trial(
         for version in (candidate, champion):
             if version is not None:
                 onnx = bundle.onnx if version is candidate else _bytes_of(ports, version, run)
-                wanted = deployment(policy, version.model, version.version, version.digest, onnx, trial=True)
+                signed = version.signed if version is candidate else ""
+                wanted = deployment(policy, version.model, version.version, version.digest, onnx, True, signed)
                 started.append(version)
                 began = ports.clock.now()
                 endpoints.append(run(deploy, ports.target, wanted, True, name=f"try v{version.version}")[0])

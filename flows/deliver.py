@@ -24,7 +24,7 @@ from flows.runner import flow_run_id, in_prefect, whoami
 from flows.settings import Settings
 from flows.story import fold, story_of
 from flows.triggers import REGISTRY
-from flows.turn import refuse_pointless, start
+from flows.turn import refuse_pointless, refuse_unsigned, start
 from flows.wiring import connect, herald, links
 from policies.policy import Policy, PolicyError, Trigger, parse
 from policies.rollout import OUTCOMES, Rollout
@@ -126,6 +126,7 @@ def deliver_with(ports: Ports, request: Delivery, observers: list[Observer]) -> 
     preparation = prepare(ports, policy, request_submission(request), Path(request.policy_folder))
     version = in_prefect(register, ports.registry, preparation.submission, name=f"register {request.model}")
     refuse_pointless(ports, version)
+    refuse_unsigned(ports, policy, version)
     began = ports.clock.now()
     name = f"{version.model}-v{version.version}-{uuid.uuid4().hex[:8]}"
     turned_away = start(ports, policy, version, request, name)

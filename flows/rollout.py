@@ -241,7 +241,7 @@ class Controller:
             return checked, {"extra": extra, "reports": reports}
         if effect.do is Do.DEPLOY:
             self._ensure_stable(effect)
-            self._deploy(self.state.candidate, self.state.digest)
+            self._deploy(self.state.candidate, self.state.digest, self.state.signed)
             return done
         assert effect.do is Do.ROUTE
         route = route_for(self.state, effect, self.policy.rollout)
@@ -270,13 +270,13 @@ class Controller:
         alone = Route(model, stable=stable, epoch=effect.asked_by, timeout_s=self.policy.rollout.timeout)
         self.run(set_traffic, self.ports.router, alone, name=f"route: v{stable} alone")
 
-    def _deploy(self, number: str, digest: str) -> None:
+    def _deploy(self, number: str, digest: str, signed: str = "") -> None:
         model = self.state.model
         onnx = self.ports.target.stored(digest)
         if onnx is None:
             version = self.ports.registry.version(model, number)
             onnx = self.run(fetch, self.ports.registry, version, name=f"fetch v{number}").onnx
-        wanted = deployment(self.policy, model, number, digest, onnx)
+        wanted = deployment(self.policy, model, number, digest, onnx, signed=signed)
         self.run(deploy, self.ports.target, wanted, name=f"deploy v{number}")
 
     def _flush(self) -> bool:

@@ -12,7 +12,7 @@ from flows.story import fold
 from policies.events import Requested, to_body
 from policies.policy import Policy
 from policies.rollout import Rollout, terms
-from tasks.ports import BadInput, ModelVersion, PortError, Ports, Refused
+from tasks.ports import SIGNED_TAG, BadInput, ModelVersion, PortError, Ports, Refused
 
 _POLL_S = 1.0
 _POLL_MAX_S = 5.0
@@ -49,6 +49,23 @@ def still_claimed(ports: Ports, model: str, target: str, name: str) -> None:
     holder = ports.ledger.claim(model, target, name)
     if holder != name:
         abort(ports, name, whoami(), f"rollout {holder} came first")
+
+
+def refuse_unsigned(ports: Ports, policy: Policy, version: ModelVersion) -> None:
+    """Where the policy names keys, bytes that none of them has signed are refused before anything is touched."""
+    keys = policy.governance.keys
+    if not keys:
+        return
+    what = f"{version.model} v{version.version}"
+    if not version.signed:
+        raise Refused(
+            f"{what} is not signed, and the policy asks for it (governance: signed_by): sign its model.onnx and set the"
+            f" signature as the version's tag {SIGNED_TAG}, or hand the file in with its .sig beside it"
+        )
+    try:
+        ports.inspector.signed(ports.registry.fetch(version).onnx, version.signed, keys)
+    except Refused as exc:
+        raise Refused(f"{what}: {exc} (governance: signed_by)") from exc
 
 
 def refuse_pointless(ports: Ports, version: ModelVersion) -> None:
@@ -160,6 +177,7 @@ def _begin(
         terms=terms(policy),
         reason=request.reason,
         by=request.by,
+        signed=version.signed if policy.governance.keys else "",
     )
     kind, body = to_body(event)
     extra = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class AgentClient:
         prediction_output: str | None = None,
         prediction_column: int = -1,
         sample_share: float = 1.0,
+        signature: str | None = None,
+        signed_by: Sequence[str] = (),
     ) -> None:
         """Kept there and being started (`status` says when it is ready). Idempotent."""
         body = {
@@ -73,6 +75,8 @@ class AgentClient:
             "prediction_output": prediction_output,
             "prediction_column": prediction_column,
             "sample_share": sample_share,
+            "signature": signature,
+            "signed_by": list(signed_by),
         }
         self._ask("PUT", f"/v1/models/{_part(model)}/versions/{_part(version)}", body)
 

@@ -8,11 +8,13 @@ speaks for all of it; `single_file` puts them there), and every input and output
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from infra.rows import first_line
-from tasks.ports import BadInput, Signature, Tensor
+from serving.signing import NotSigned, Proof
+from tasks.ports import BadInput, Refused, Signature, Tensor
 
 # A protobuf message, and so an ONNX file, ends at 2 GiB.
 PROTOBUF_BYTES_MAX = 2**31 - 1
@@ -38,6 +40,13 @@ _OIP_OF = {
 
 class OnnxInspector:
     """`tasks.ports.Inspector` by the `onnx` package; ONNX Runtime is asked only for the versions that it knows."""
+
+    def signed(self, onnx: Path, signature: str, keys: Sequence[str]) -> None:
+        """Raises Refused unless one of the public keys has signed the file's bytes so."""
+        try:
+            Proof(signature, keys).check(onnx.read_bytes())
+        except NotSigned as exc:
+            raise Refused(str(exc)) from exc
 
     def signature(self, onnx: Path) -> Signature:
         """What the model takes and gives. Raises BadInput with the reason if it is no sound ONNX model."""

@@ -33,6 +33,7 @@ from infra import errors_mlflow, rows
 from infra.inspector_onnx import OnnxInspector, single_file
 from infra.model_mlflow import onnx_within, save_model
 from tasks.ports import (
+    SIGNED_TAG,
     BadInput,
     Bundle,
     Inspector,
@@ -111,7 +112,7 @@ class MlflowRegistry:
             known = self._with_digest(submission.model, digest)
             if known is not None:
                 self._keep(known.run_id, submission, files)
-                for name, value in _file_tags(files).items():
+                for name, value in _tags_of(submission, files).items():
                     self._client.set_model_version_tag(known.model, known.version, name, value)
                 return self.version(known.model, known.version)
             tags = self._store(submission, files, onnx, signature, digest, work)
@@ -282,7 +283,7 @@ class MlflowRegistry:
             TAG + "artifacts": run.info.artifact_uri,
             TAG + "run": run.info.run_id,
             TAG + "source": submission.source,
-            **_file_tags(files),
+            **_tags_of(submission, files),
         }
 
     def _keep(self, run_id: str, submission: Submission, files: Mapping[str, Path]) -> None:
@@ -399,8 +400,13 @@ def _check_expected(files: Mapping[str, Path], signature: Signature) -> None:
         rows.feeds(table, signature, path)
 
 
-def _file_tags(files: Mapping[str, Path]) -> dict[str, str]:
-    return {f"{TAG}file.{kind}": f"{kind}{path.suffix.lower()} {sha256_of(path)}" for kind, path in files.items()}
+def _tags_of(submission: Submission, files: Mapping[str, Path]) -> dict[str, str]:
+    """What a version is told by its tags of the files that came with it, and of the signature beside its own."""
+    tags = {f"{TAG}file.{kind}": f"{kind}{path.suffix.lower()} {sha256_of(path)}" for kind, path in files.items()}
+    beside = Path(f"{submission.source}.sig")
+    if submission.source.endswith(".onnx") and beside.is_file():
+        tags[SIGNED_TAG] = "".join(beside.read_text("ascii", "replace").split())
+    return tags
 
 
 def _written(signature: Signature) -> str:
@@ -426,4 +432,5 @@ def _version(found: Any) -> ModelVersion:
         signature=Signature(inputs, outputs),
         run_id=found.tags[TAG + "run"],
         tags=dict(found.tags),
+        signed=found.tags.get(SIGNED_TAG, ""),
     )

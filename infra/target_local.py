@@ -42,6 +42,8 @@ class LocalTarget:
                 prediction_output=deployment.prediction_output,
                 prediction_column=deployment.prediction_column,
                 sample_share=0.0 if trial else 1.0,
+                signature=deployment.signed or None,
+                signed_by=deployment.signed_by if deployment.signed else (),
             )
             return self._await(model, deployment)
         except AgentError as exc:

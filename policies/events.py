@@ -116,7 +116,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Requested(Event):
-    """Somebody (`by`) wants the candidate in; `stable` is the proven version that serves now, if any."""
+    """Somebody (`by`) wants the candidate in; `stable` is the proven version that serves now, if any; `signed`: the
+    signature of the bytes, where the policy asks for one."""
 
     model: str
     candidate: str
@@ -125,6 +126,7 @@ class Requested(Event):
     terms: Terms
     reason: str = ""
     by: str = ""
+    signed: str = ""
 
 
 @dataclass(frozen=True)

@@ -386,11 +386,30 @@ class Freeze(_Strict):
         return window(self.begins, self.ends, self.why)
 
 
+_PEM = re.compile(r"-----BEGIN PUBLIC KEY-----\s+(?:[A-Za-z0-9+/=]+\s+)+-----END PUBLIC KEY-----")
+
+
 class Governance(_Strict):
     """What people decide."""
 
     approvals: Approvals | None = None
     freeze: tuple[Freeze, ...] = Field((), description="When nothing new is let on. What goes back never waits for it.")
+    signed_by: tuple[str, ...] = Field(
+        (), description="Public keys (PEM; Ed25519, ECDSA P-256): a candidate's bytes are signed with one of them."
+    )
+
+    @field_validator("signed_by")
+    @classmethod
+    def _as_pem(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for key in given:
+            if not _PEM.fullmatch(key.strip()):
+                raise ValueError("a public key stands between BEGIN PUBLIC KEY and END PUBLIC KEY, in base64 (PEM)")
+        return given
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The public keys in base64 (SubjectPublicKeyInfo), without PEM's lines around them."""
+        return tuple("".join(key.strip().splitlines()[1:-1]) for key in self.signed_by)
 
     @model_validator(mode="after")
     def _ends(self) -> Governance:

@@ -105,6 +105,7 @@ class Rollout:
     evidence_hash: str = ""  # of the last look, or of the checks
     question: Question | None = None  # people are asked for approval
     approved: bool = False
+    signed: str = ""  # the signature of the bytes, where one is asked for
     frozen: float | None = None  # it would have gone on, and may not before this time; its clocks run from there
 
     @property
@@ -162,7 +163,7 @@ def begin(event: Requested) -> Rollout:
     state = Rollout(event.model, event.candidate, event.digest, event.stable, agreed, Phase.PENDING, since=event.at)
     return _with(
         state, reason=event.reason, pending=(Effect(Do.CHECK, event.number),), moved_by=event.number,
-        askers=(event.by,) if event.by else (),
+        askers=(event.by,) if event.by else (), signed=event.signed,
     )  # fmt: skip
 
 

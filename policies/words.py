@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from policies.audience import Audience
-from policies.policy import Approvals, Benchmark, Freeze, Gates, Monitor, Policy, RolloutPolicy, Validate
+from policies.policy import Approvals, Benchmark, Freeze, Gates, Monitor, Policy, RolloutPolicy
 
 
 def duration(seconds: float) -> str:
@@ -26,7 +26,7 @@ def explain(policy: Policy) -> list[str]:
         _trigger(policy),
         "",
         "Before any traffic:",
-        *(f"  - {line}" for line in (*_checks(policy.checks), *_benchmark(policy.benchmark))),
+        *(f"  - {line}" for line in (*_checks(policy), *_benchmark(policy.benchmark))),
         "",
         "On live traffic:",
         *(f"  {number}. {line}" for number, line in enumerate(_stages(policy.rollout), 1)),
@@ -76,10 +76,13 @@ def _trigger(policy: Policy) -> str:
     return f"In the registry {asks}{whose} asks for a delivery."
 
 
-def _checks(checks: Validate) -> list[str]:
+def _checks(policy: Policy) -> list[str]:
+    checks, keys = policy.checks, len(policy.governance.keys)
     quality = checks.quality
     lines = ["The file must be a sound ONNX model that loads and answers in the real model server."]
     lines.append(f"Its answers must be those of the training framework, to within {checks.parity_tolerance:g}.")
+    if keys:
+        lines.append(f"Its bytes must be signed with {'the key' if keys == 1 else f'one of the {keys} keys'}.")
     lines.append("Its signature must be the champion's.")
     if checks.data:
         lines.append(f"The validation rows must meet the expectations in {checks.data}.")

@@ -141,6 +141,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "prediction_output": (str, type(None)),
     "prediction_column": (int,),
     "sample_share": (int, float),
+    "signature": (str, type(None)),
+    "signed_by": (list,),
 }
 
 
@@ -151,6 +153,8 @@ def _spec(body: dict[str, Any], model: str, version: str) -> VersionSpec:
             raise BadRequest(f"unknown field '{name}'; known are path, {', '.join(sorted(known))}")
         if isinstance(value, bool) or not isinstance(value, _KINDS[name]):
             raise BadRequest(f"'{name}' cannot be {value!r}")
+    if not all(isinstance(key, str) for key in body.get("signed_by", ())):
+        raise BadRequest(f"'signed_by' must be a list of public keys, not {body['signed_by']!r}")
     if "digest" not in body:
         raise BadRequest("'digest' is missing: the SHA-256 of the model's file, in hex")
     return VersionSpec(model=model, version=version, **body)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from serving.errors import CannotServe, ModelFailed, Refused
+from serving.signing import NotSigned, Proof
 from serving.tensors import BY_NAME, BY_ONNX, Array, Tensor
 
 Feeds = dict[str, Array]
@@ -73,8 +74,14 @@ class Model:
         self.row_s: float | None = None
 
     @classmethod
-    def load(cls, path: Path, digest: str | None = None, settings: SessionSettings | None = None) -> Model:
-        """The model in the file at `path`, whose bytes must have the SHA-256 `digest` (hexadecimal).
+    def load(
+        cls,
+        path: Path,
+        digest: str | None = None,
+        settings: SessionSettings | None = None,
+        proof: Proof | None = None,
+    ) -> Model:
+        """The model in the file at `path`, whose bytes must have the SHA-256 `digest` (hexadecimal), and the `proof`.
 
         The very bytes that were checked are those that are loaded: the file is read once.
         Raises CannotServe.
@@ -87,6 +94,11 @@ class Model:
         found = hashlib.sha256(content).hexdigest()
         if digest is not None and found != digest.lower().removeprefix("sha256:"):
             raise CannotServe(f"'{path}' has SHA-256 {found}, but {digest} was asked for; it will not be served")
+        if proof is not None:
+            try:
+                proof.check(content)
+            except NotSigned as exc:
+                raise CannotServe(f"'{path}' will not be served: {exc}") from exc
         session = _session(path, content, settings)
         # A call that waits for a device shows no CPU time of its own; it belongs into the worker thread.
         steady = settings.providers == ("CPUExecutionProvider",) and not any(mark in content for mark in _CONTROL_FLOW)

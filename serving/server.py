@@ -159,7 +159,7 @@ def serve(settings: Settings) -> int:
     """Loads and serves; the exit code."""
     started = time.perf_counter()
     try:
-        model = Model.load(settings.path, settings.digest, settings.session)
+        model = Model.load(settings.path, settings.digest, settings.session, settings.proof)
         gc.set_threshold(20_000, 20, 50)
         sys.setswitchinterval(_SWITCH_S)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

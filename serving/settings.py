@@ -10,6 +10,7 @@ from pathlib import Path
 from serving.batching import Limits
 from serving.model import SessionSettings
 from serving.samples import SampleSettings
+from serving.signing import Proof
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Settings:
     version: str
     path: Path
     digest: str | None = None
+    proof: Proof | None = None
     uds: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -54,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     add("--version", default="1", help="its version")
     add("--path", required=True, type=Path, help="the .onnx file")
     add("--digest", help="SHA-256 of the file's bytes (hexadecimal); anything else is not loaded")
+    add("--signature", help="of the file's bytes (base64), by one of the keys; anything else is not loaded")
+    add("--signed-by", action="append", default=[], metavar="KEY", help="a public key (the base64 lines of a PEM file)")
     add("--uds", type=Path, help="listen on this Unix socket instead of host and port")
     add("--host", default="127.0.0.1")
     add("--port", default=8000, type=_port, help="0: any free one (it is printed)")
@@ -82,7 +86,10 @@ def parser() -> argparse.ArgumentParser:
 
 def from_arguments(argv: Sequence[str] | None = None) -> Settings:
     """The settings on the command line. Exits with code 2 and a sentence for wrong usage."""
-    given = parser().parse_args(argv)
+    made = parser()
+    given = made.parse_args(argv)
+    if (given.signature is None) != (not given.signed_by):
+        made.error("--signature and --signed-by go together")
     samples = None
     if given.samples is not None and given.sample_share > 0:
         samples = SampleSettings(
@@ -93,6 +100,7 @@ def from_arguments(argv: Sequence[str] | None = None) -> Settings:
         version=given.version,
         path=given.path,
         digest=given.digest,
+        proof=None if given.signature is None else Proof(given.signature, given.signed_by),
         uds=given.uds,
         host=given.host,
         port=given.port,

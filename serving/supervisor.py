@@ -11,8 +11,8 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ class VersionSpec:
     prediction_output: str | None = None
     prediction_column: int = -1
     sample_share: float = 1.0
+    # Other keys for the same bytes make no other version of them.
+    signature: str | None = field(default=None, compare=False)
+    signed_by: Sequence[str] = field(default=(), compare=False)
 
     def fingerprint(self) -> str:
         """A name for exactly this specification: a process with another one is not adopted."""
@@ -162,6 +165,8 @@ class Replica:
         command += ["--samples", str(places.samples), "--sample-share", str(spec.sample_share)]
         if spec.prediction_output is not None:
             command += ["--prediction-output", spec.prediction_output]
+        if spec.signature is not None:
+            command += ["--signature", spec.signature, *(f"--signed-by={key}" for key in spec.signed_by)]
         return command
 
     async def _watch(self, process: Process, session: aiohttp.ClientSession) -> None:

@@ -11,8 +11,10 @@ from policies.policy import Policy
 from tasks.ports import Deployment, Endpoint, Target
 
 
-def deployment(policy: Policy, model: str, version: str, digest: str, onnx: Path, trial: bool = False) -> Deployment:
-    """What the policy wants to run of a version; a trial is one replica."""
+def deployment(
+    policy: Policy, model: str, version: str, digest: str, onnx: Path, trial: bool = False, signed: str = ""
+) -> Deployment:
+    """What the policy wants to run of a version; a trial is one replica. A candidate's signature is handed on."""
     return Deployment(
         model=model,
         version=version,
@@ -22,6 +24,8 @@ def deployment(policy: Policy, model: str, version: str, digest: str, onnx: Path
         threads=policy.target.threads,
         prediction_output=policy.prediction.output,
         prediction_column=policy.prediction.column,
+        signed=signed if policy.governance.keys else "",
+        signed_by=policy.governance.keys,
     )
 
 

@@ -18,6 +18,8 @@ from policies.evidence import Counts, Drift, Outcomes, Pairs
 from policies.traffic import Route
 from policies.verdict import GateReport
 
+SIGNED_TAG = "lockgate.signed"  # on a version in the registry: the signature of its bytes, in base64
+
 
 class PortError(Exception):
     """The other side could not be reached or did not answer as agreed."""
@@ -70,7 +72,8 @@ class Submission:
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A version in the registry. `digest` is the SHA-256 of the `.onnx` file's bytes, in hex."""
+    """A version in the registry. `digest` is the SHA-256 of the `.onnx` file's bytes, in hex; `signed` their signature
+    in base64, if they have one."""
 
     model: str
     version: str
@@ -78,6 +81,7 @@ class ModelVersion:
     signature: Signature
     run_id: str
     tags: Mapping[str, str] = field(default_factory=dict)
+    signed: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ class Registry(Protocol):
     """The register of models: versions, aliases, tags, and what was measured."""
 
     def register(self, submission: Submission) -> ModelVersion:
-        """The version with the submission's bytes; a new one only if no version of the model has their digest.
+        """The version with the submission's bytes; a new one only if no version of the model has their digest. The
+        signature of a file is the content of the `.sig` beside it.
 
         Raises BadInput for a missing or corrupt file, NotThere for an unknown version or run.
         """
@@ -150,6 +155,9 @@ class Registry(Protocol):
 
 class Inspector(Protocol):
     """Reads a model file without running it."""
+
+    def signed(self, onnx: Path, signature: str, keys: Sequence[str]) -> None:
+        """Raises Refused unless one of the public keys has signed the file's bytes so."""
 
     def signature(self, onnx: Path) -> Signature:
         """What the model takes and gives. Raises BadInput with the reason if it is no sound ONNX model."""
@@ -240,7 +248,10 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Deployment:
-    """What shall run: a version's bytes, on how many replicas, with what settings."""
+    """What shall run: a version's bytes, on how many replicas, with what settings.
+
+    With `signed`, the server refuses bytes that none of the keys `signed_by` has signed so.
+    """
 
     model: str
     version: str
@@ -250,6 +261,8 @@ class Deployment:
     threads: int = 1
     prediction_output: str | None = None
     prediction_column: int = -1
+    signed: str = ""
+    signed_by: Sequence[str] = ()
 
 
 class Target(Protocol):

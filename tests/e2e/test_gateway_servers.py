@@ -12,10 +12,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from infra.samples_arrow import SampledRows
 from infra.telemetry_envoy import EnvoyCounts
 from tests.serving import models
+from tests.serving.keys import body, sign
 from tests.serving.running_agent import RunningAgent, until
 
 pytestmark = pytest.mark.e2e
@@ -80,6 +82,20 @@ def test_going_back_needs_no_source(agent: RunningAgent) -> None:
     until(lambda: agent.version("1")["state"] == "ready", "it is ready again")
     agent.route("1", epoch=1)
     assert infer(agent, 5) == ["1"] * 5
+
+
+def test_a_version_that_is_not_signed_as_asked_does_not_start_and_says_so(agent: RunningAgent) -> None:
+    key, other = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    path = agent.folder / "m.onnx"
+    digest = models.score(path)
+    signature = sign(key, path.read_bytes())
+    agent.client.deploy("m", "1", path, digest, signature=signature, signed_by=[body(other), body(key)])
+    agent.client.deploy("m", "2", path, digest, signature=signature, signed_by=[body(other)])
+    until(lambda: agent.version("1")["state"] == "ready", "the signed one is ready")
+    until(lambda: agent.version("2")["state"] == "failed", "the other one is not")
+    assert "will not be served: the signature is by none of the 1 keys" in agent.version("2")["why"]
+    agent.client.deploy("m", "1", path, digest)  # as a stable version later: the same bytes, so the same version
+    assert agent.version("1")["state"] == "ready"
 
 
 def test_servers_are_forked_adopted_after_the_agent_s_death_and_end_with_a_clean_stop(agent: RunningAgent) -> None:

@@ -61,8 +61,11 @@ class FakeRegistry:
             signature=signature,
             run_id=f"run-{submission.model}-{digest[:8]}",
         )
-        if known is None:
-            self._versions.setdefault(made.model, []).append(made)
+        beside = Path(f"{source}.sig")
+        if beside.is_file():
+            made = replace(made, signed=beside.read_text().strip())
+        kept_already = [each for each in self._versions.get(made.model, []) if each.version != made.version]
+        self._versions[made.model] = sorted([*kept_already, made], key=lambda each: int(each.version))
         kept = self._kept(made)
         kept.mkdir(parents=True, exist_ok=True)
         if source != kept / "model.onnx":

@@ -14,6 +14,7 @@ class FakeTarget:
         self.down = False
         self.refuses: set[str] = set()  # digests
         self.versions: dict[tuple[str, str], str] = {}
+        self.deployed: list[Deployment] = []
         self.store: set[str] = set()
         self.busy: set[tuple[str, str]] = set()  # what the route sends traffic to
 
@@ -27,6 +28,7 @@ class FakeTarget:
             raise Refused(f"{model} v{deployment.version} runs with other bytes")
         self.versions[model, deployment.version] = deployment.digest
         self.store.add(deployment.digest)
+        self.deployed.append(deployment)
         number = (deployment.prediction_output, deployment.prediction_column)
         return [Endpoint(model, deployment.version, f"unix:/{model}/{i}", *number) for i in range(deployment.replicas)]
 

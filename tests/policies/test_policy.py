@@ -113,3 +113,17 @@ def test_what_monitor_is_told_is_checked_like_the_rest() -> None:
     assert "'monitor.every'" in refused(SOUND + "monitor: {every: 10s}\n")
     assert "did you mean 'rollback_on'?" in refused(SOUND + "monitor: {rolback_on: [drift]}\n")
     assert "'monitor.retrain.deployment'" in refused(SOUND + "monitor: {retrain: {deployment: train}}\n")
+
+
+KEY = """-----BEGIN PUBLIC KEY-----
+MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=
+-----END PUBLIC KEY-----"""
+
+
+def test_keys_are_read_from_pem_and_what_is_none_is_refused() -> None:
+    indented = "\n".join(f"      {line}" for line in KEY.splitlines())
+    found = parse(SOUND + "governance:\n  signed_by:\n    - |\n" + indented + "\n")
+    assert found.governance.keys == ("MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=",)
+    assert "  - Its bytes must be signed with the key." in explain(found)
+    told = refused(SOUND + "governance:\n  signed_by: [/etc/keys/release.pem]\n")
+    assert "line 9: 'governance.signed_by': a public key stands between BEGIN PUBLIC KEY and END PUBLIC KEY" in told

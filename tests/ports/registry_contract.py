@@ -46,6 +46,16 @@ class RegistryContract:
         assert (first.version, other.version) == ("1", "2")
         assert [v.version for v in registry.versions(name)] == ["1", "2"]
 
+    def test_the_signature_beside_a_file_is_the_version_s_also_if_it_comes_later(
+        self, registry: Registry, make_model: MakeModel, name: str
+    ) -> None:
+        onnx = make_model(1)
+        assert registry.register(Submission(name, str(onnx))).signed == ""
+        Path(f"{onnx}.sig").write_text("c2lnbmVk\n")
+        assert registry.register(Submission(name, str(onnx))).signed == "c2lnbmVk"
+        assert [version.signed for version in registry.versions(name)] == ["c2lnbmVk"]
+        assert registry.version(name, "1").signed == "c2lnbmVk"
+
     def test_files_come_back_as_given_and_files_given_later_replace_them(
         self, registry: Registry, make_model: MakeModel, name: str, tmp_path: Path
     ) -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.delivery import Delivery
 from flows.story import fold
-from flows.turn import BEGIN_S, _wait_turn, _Waiting
+from flows.turn import BEGIN_S, _wait_turn, _Waiting, refuse_unsigned, start
 from policies.events import Phase
 from policies.evidence import Counts
+from policies.policy import parse
 from policies.traffic import Route
 from policies.verdict import GateReport, Verdict
-from tasks.ports import ModelVersion, PortError, Signature
+from tasks.ports import ModelVersion, PortError, Refused, Signature, Submission
+from tests.fakes.inspector import MODEL as MODEL_FILE
+from tests.fakes.inspector import FakeInspector
+from tests.fakes.registry import FakeRegistry
 from tests.stories.world import MODEL, POLICY, World
 
 
@@ -299,3 +304,28 @@ def test_who_is_first_in_line_keeps_its_place_while_a_rollback_holds_the_model()
     assert world.ledger.claim(MODEL, "local", "first", in_line=True) == "first"
     world.ledger.release(MODEL, "local", "first")
     assert asked() == ""
+
+
+def test_only_what_a_key_of_the_policy_has_signed_is_let_in_and_its_signature_goes_with_it(tmp_path: Path) -> None:
+    key = "a2V5"
+    pem = f"-----BEGIN PUBLIC KEY-----\\n{key}\\n-----END PUBLIC KEY-----"
+    signed = parse(POLICY + f'governance: {{signed_by: ["{pem}"]}}\n')
+    registry = FakeRegistry(tmp_path / "registry")
+    world = World()
+    world.policy = signed
+    ports = replace(world.ports, registry=registry, inspector=FakeInspector())
+    onnx = tmp_path / "m.onnx"
+    onnx.write_bytes(MODEL_FILE)
+    made = registry.register(Submission(MODEL, str(onnx)))
+    with pytest.raises(Refused, match=r"m v1 is not signed, .*set the signature as the version's tag lockgate.signed"):
+        refuse_unsigned(ports, signed, made)
+    with pytest.raises(Refused, match="m v1: the signature is by none of the keys"):
+        refuse_unsigned(ports, signed, replace(made, signed="other" + MODEL_FILE.decode()))
+    good = replace(world.registry.version(MODEL, "2"), signed=key + MODEL_FILE.decode())
+    refuse_unsigned(ports, signed, replace(made, signed=good.signed))
+    refuse_unsigned(ports, parse(POLICY), made)
+    assert start(world.ports, signed, good, Delivery(model=MODEL, source="x.onnx", policy=""), "r1") is None
+    assert world.controller("r1").drive().phase is Phase.PROMOTED
+    assert world.ledger.read("r1")[0].body["signed"] == good.signed
+    assert world.target.deployed[-1].signed == good.signed
+    assert world.target.deployed[-1].signed_by == (key,)

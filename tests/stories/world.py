@@ -55,6 +55,10 @@ class MemoryRegistry:
         self._up()
         return ModelVersion(model, version, f"digest-{version}", Signature((), ()), "run")
 
+    def by_alias(self, model: str, alias: str) -> ModelVersion | None:
+        version = self.aliases.get(alias)
+        return None if version is None else self.version(model, version)
+
     def set_alias(self, model: str, alias: str, version: str | None) -> None:
         self._up()
         self.aliases[alias] = version
