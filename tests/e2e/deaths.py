@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 from onnx import TensorProto, helper
 from sqlalchemy.engine import make_url
 
@@ -64,6 +65,7 @@ rollout:
 SHADOW = "    - shadow: {share: 1.0, for: 1s}\n"
 SETTLED_S = 150.0  # the worst: a Prefect server that starts anew on a busy machine, and a reconciler that takes over
 LEASE_S = 3.0  # as the policy says
+BACK_S = 5.0  # from when the agent says who serves alone until every client notices
 OUTAGE_S = 15.0  # of the one gateway: nobody else could answer
 TRIES = 3  # a rollout that never comes to the state, since the machine is busy, is begun anew
 PLAIN = {"name": "X", "datatype": "FP32", "shape": [1, 4], "data": [0.1, 0.2, 0.3, 0.4]}
@@ -209,12 +211,16 @@ class Nursery:
         self._process.wait(20)
         self._answers.close()
 
-    def start(self, **job: Any) -> None:
-        """The delivery is under way."""
+    def start(self, **job: Any) -> int:
+        """The delivery is under way; the number of its process."""
         with self._lock:
             self._asks.write(json.dumps(job) + "\n")
             self._asks.flush()
-            int(self._answers.readline())  # its process id
+            return int(self._answers.readline())
+
+
+class NotBegun(AssertionError):
+    """The delivery ended, or hung, before it had written its request: nothing was at stake yet."""
 
 
 @dataclass
@@ -264,7 +270,7 @@ class Lane:
 
     def deliver(self, cell: Cell, first: bool = False, number: int = signal.SIGKILL) -> str:
         """Starts a delivery with bytes of its own, in which the victim gets the signal; the rollout's name once it is
-        requested."""
+        requested. Raises NotBegun if it never is."""
         count = next(self._count)
         path = self.folder / f"{count}.onnx"
         write_model(path, f"{self.model} {count}", trap=cell.ends == "rolled back")
@@ -279,15 +285,17 @@ class Lane:
         before = self.ledger.rollouts(self.model)
         self.log = self.folder / f"{count}.log"
         victim = str(pid_file(self.platform)) if cell.victim == DATABASE else cell.victim
-        self.nursery.start(request=request, log=str(self.log), at=cell.at, victim=victim, signal=number)
-        found: list[str] = []
-
-        def requested() -> bool:
-            found.extend(name for name in self.quietly_rollouts() if name not in before)
-            return bool(found)
-
-        wait_until(requested, SETTLED_S, f"{cell} is requested; {self.last_log()}")
-        return found[0]
+        pid = self.nursery.start(request=request, log=str(self.log), at=cell.at, victim=victim, signal=number)
+        limit = time.monotonic() + SETTLED_S
+        while True:
+            gone = not psutil.pid_exists(pid)  # asked first: what it wrote before it ended is there
+            found = [name for name in self.quietly_rollouts() if name not in before]
+            if found:
+                return found[0]
+            if gone or time.monotonic() > limit:
+                how = "ended" if gone else f"hung for {SETTLED_S:g} s"
+                raise NotBegun(f"the delivery {how} before its request was written: {self.last_log()}")
+            time.sleep(0.2)
 
     def quietly_rollouts(self) -> list[str]:
         with contextlib.suppress(Exception):  # the database is the victim
@@ -334,8 +342,8 @@ class Lane:
         began = time.monotonic()
         try:
             name = self.deliver(cell)
-        except AssertionError as exc:
-            result.problems.append(str(exc))
+        except NotBegun as exc:
+            result.why = str(exc)
             return result
         state = self.settled(name)
         result.seconds = time.monotonic() - began
@@ -386,18 +394,20 @@ class Lane:
         return route is not None and (route.stable, route.candidate) == (version, None)
 
     def _judge_clients(self, cell: Cell, began: float, result: Result) -> list[str]:
-        assert self.clients is not None
-        time.sleep(0.5)
-        now = time.monotonic()
-        failed = self.clients.failed(began)
-        result.failed = len(failed)
-        result.requests = sum(answer.at >= began for answer in list(self.clients.answers))
-        problems = []
+        clients = self.clients
+        assert clients is not None
         state = fold(self.entries(self.ledger.rollouts(self.model)[0]))
         assert state is not None
         right = state.candidate if state.phase is Phase.PROMOTED else state.stable
-        if (seen := self.clients.served(now - 0.4)) - {right}:
+        problems = []
+        try:
+            wait_until(lambda: clients.served(time.monotonic() - 0.4) == {right}, BACK_S)
+        except AssertionError:
+            seen = clients.served(time.monotonic() - 0.4)
             problems.append(f"clients are answered by {seen}, it should be v{right}")
+        failed = clients.failed(began)
+        result.failed = len(failed)
+        result.requests = sum(answer.at >= began for answer in list(clients.answers))
         if failed and cell.victim != "Envoy":
             told = Counter(answer.failure for answer in failed).most_common(2)
             problems.append(f"{len(failed)} requests failed: {told}")

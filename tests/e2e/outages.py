@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -97,14 +98,31 @@ def answered_by(lane: Lane, version: str, since: float) -> list[float]:
 
 @contextlib.contextmanager
 def nobody_reconciles(platform: Platform) -> Iterator[None]:
-    """The platform's reconciler stands still until the end of the block."""
+    """The platform's reconciler stands still until the end of the block.
+
+    Not in the middle of a write: SQLite has no way to take its lock from a process that was stopped there (PostgreSQL
+    ends the session), so nobody could begin anything.
+    """
     up = psutil.Process(json.loads((platform.home / "platform.json").read_text())["pid"])
     [reconciler] = [child for child in up.children() if "flows.reconciler" in child.cmdline()]
-    reconciler.suspend()
+    ledger = sqlite3.connect(platform.home / "ledger.db", isolation_level=None, timeout=0.1)
+
+    def stands_still() -> bool:
+        reconciler.suspend()
+        try:
+            ledger.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            reconciler.resume()
+            return False
+        ledger.execute("ROLLBACK")
+        return True
+
     try:
+        wait_until(stands_still, 30.0, "the reconciler stands still, and does not write")
         yield
     finally:
         reconciler.resume()
+        ledger.close()
 
 
 def test_deaths_drawn_from_the_matrix_keep_every_promise(lane: Lane) -> None:

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from tests.e2e import hints, toy
+from tests.e2e.deaths import Cell, Lane, Nursery, line, write_rows
 from tests.e2e.hints import part
 from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
 from tests.infra.postgresql_server import postgresql, programs_or_skip
@@ -84,6 +85,26 @@ def test_every_part_that_is_killed_comes_back_and_then_a_delivery_goes_through(p
         run = platform.deliver(toy.make(platform.files / "v2", seed=2))
         assert run.code == 0, run.err + run.out
     assert traffic.failed() == [], "the gateway and the servers went on without the agent"
+
+
+@pytest.fixture(scope="module")
+def lane(platform: Platform) -> Iterator[Lane]:
+    """Another model in service, and clients that ask it."""
+    write_rows(platform.files / "rows")
+    with Nursery(platform) as nursery:
+        made = Lane(platform, nursery, "m0")
+        try:
+            made.begin()
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.mark.parametrize("victim", ["flow", "node agent"])
+def test_who_dies_at_the_canary_leaves_none_behind_and_costs_no_request(lane: Lane, victim: str) -> None:
+    """Two of the deaths that `make deaths` plays completely."""
+    result = lane.play(Cell(victim, "promoted", "canary 40 %"))
+    assert result.kept, line(result)
 
 
 def test_a_rehearsal_on_recorded_traffic_says_how_it_would_have_gone_and_changes_nothing(platform: Platform) -> None:
