@@ -53,6 +53,7 @@ class Part:
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     restart_at: float = 0.0
+    away_max_s: float = 30.0  # before it is started again, however often it has died
     children_outlive: bool = False  # what it had started goes on while it is started again
     started_at: float = 0.0
     _former: list[int] = field(default_factory=list)
