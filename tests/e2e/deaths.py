@@ -34,6 +34,7 @@ from sqlalchemy.engine import make_url
 
 from flows.record import replay
 from flows.story import fold
+from infra import health_local
 from infra.agent_client import AgentClient
 from policies import audit
 from policies.events import Checked, Do, Done, Looked, Phase, Requested
@@ -339,6 +340,7 @@ class Lane:
     def _play_once(self, cell: Cell) -> Result:
         assert self.clients is not None
         result = Result(cell)
+        wait_until(self.all_answer, SETTLED_S, "Prefect, MLflow and the node agent answer")
         began = time.monotonic()
         try:
             name = self.deliver(cell)
@@ -377,6 +379,12 @@ class Lane:
         _, differences = replay(entries)
         problems += [f"replay differs: {each}" for each in differences]
         return problems
+
+    def all_answer(self) -> bool:
+        """Whether a delivery can be begun: whoever was killed last is there again."""
+        ports = self.platform.ports
+        urls = [f"http://127.0.0.1:{ports['PREFECT']}/api/health", f"http://127.0.0.1:{ports['MLFLOW']}/health"]
+        return self._route() is not None and all(health_local.answers(url, 2.0) for url in urls)
 
     def _route(self) -> Any:
         with contextlib.suppress(Exception):  # the agent is the victim
