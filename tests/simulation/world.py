@@ -255,7 +255,7 @@ class Run:
 
     def _answer(self, asked: Asked) -> None:
         try:
-            question = approval.asked(self.ports.ledger, MODEL)
+            question = approval.asked(self.ports.ledger, MODEL, self.clock.now())
             self.clock.sleep(self.chance.uniform(0.0, 5.0))  # it may be another question by now
             approval.answer(self.ports.ledger, self.clock, question, f"person-{asked.version}", asked.what, "seen")
         except Illegal as exc:
