@@ -130,19 +130,20 @@ def reconcile_with(
     done = Pass()
     going_back = [name for name in ports.ledger.unsettled() if _state(ports, name).phase is Phase.ROLLING_BACK]
 
-    def take_over(names: Collection[str]) -> None:
+    def take_over(names: Collection[str], given_up: Collection[str] = ()) -> None:
         jobs: list[Callable[[], None]] = []
         for name in names:
             entries = ports.ledger.read(name)
             now = ports.clock.now()
-            if (at_once and not _only_waits(entries, now)) or _left_by(crashed, entries) or _abandoned(entries, now):
+            left = name in given_up or _left_by(crashed, entries) or _abandoned(entries, now)
+            if left or (at_once and not _only_waits(entries, now)):
                 controller = Controller(ports, name, f"{who}/{uuid.uuid4().hex[:6]}", run, checks_of(entries), observe)
                 jobs.append(_job(done, name, partial(_go_on, controller, entries, done)))
         all_of(jobs)
 
     def obey_and_take_over() -> None:
-        _obey(ports, who, cancelled, done)
-        take_over([name for name in ports.ledger.unsettled() if name not in going_back])
+        given_up = _obey(ports, who, cancelled, done)
+        take_over([name for name in ports.ledger.unsettled() if name not in going_back], given_up)
 
     all_of([partial(take_over, going_back), obey_and_take_over])  # a way back waits for no word from Prefect
     try:
@@ -169,8 +170,11 @@ def _job(done: Pass, what: str, work: Callable[[], None]) -> Callable[[], None]:
 # ---------------------------------------------------------------- rollouts
 
 
-def _obey(ports: Ports, who: str, cancelled: Cancelled, done: Pass) -> None:
-    """Whoever cancels a delivery's flow run wants its rollout back, whether its process heard of it or was killed."""
+def _obey(ports: Ports, who: str, cancelled: Cancelled, done: Pass) -> set[str]:
+    """Whoever cancels a delivery's flow run wants its rollout back, whether its process heard of it or was killed.
+
+    The rollouts that are to go back from now on: their processes are being killed, so that nobody else carries it out.
+    """
     of_run = {}
     for name in ports.ledger.unsettled():
         run = ports.ledger.read(name)[0].body.get("flow_run")
@@ -180,9 +184,12 @@ def _obey(ports: Ports, who: str, cancelled: Cancelled, done: Pass) -> None:
         stopped = cancelled(of_run.keys())
     except PortError as exc:
         done.left["cancelled flow runs"] = str(exc)
-        return
-    for run in stopped:
-        _job(done, of_run[run], partial(abort, ports, of_run[run], who, "its flow run was cancelled"))()
+        return set()
+    states = {of_run[run]: _state(ports, of_run[run]) for run in stopped}
+    new = {name for name, state in states.items() if not state.ended and state.phase is not Phase.ROLLING_BACK}
+    for name in new:
+        _job(done, name, partial(abort, ports, name, who, "its flow run was cancelled"))()
+    return new
 
 
 def _abandoned(entries: Sequence[Entry], now: float) -> bool:

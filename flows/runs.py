@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -22,18 +22,19 @@ _PAGE = 200  # of runs; the server gives no more at once
 class PrefectRuns:
     """`flows.triggers.Runs` on the Prefect server that the environment names."""
 
-    def of(self, wish: Wish) -> Sequence[Run]:
+    def of(self, wishes: Sequence[Wish]) -> Mapping[str, Sequence[Run]]:
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
         from prefect.client.schemas.sorting import FlowRunSort
 
-        mine = FlowRunFilter(tags=FlowRunFilterTags(all_=[_tag(wish)]))
+        mine = FlowRunFilter(tags=FlowRunFilterTags(any_=[_tag(wish) for wish in wishes]))
         found: list[Any] = []
         with client() as server:
             while page := server.read_flow_runs(
                 flow_run_filter=mine, sort=FlowRunSort.ID_DESC, limit=_PAGE, offset=len(found)
             ):
                 found += page
-        return [_run(each) for each in sorted(found, key=lambda each: each.created)]
+        found.sort(key=lambda each: each.created)
+        return {wish.key: [_run(each) for each in found if _tag(wish) in each.tags] for wish in wishes}
 
     def start(self, wish: Wish, number: int) -> None:
         from prefect.exceptions import ObjectNotFound

@@ -6,7 +6,7 @@ the ledger or by Prefect, is not started again, and the idempotency key of a run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -45,8 +45,8 @@ class Wish:
 class Runs(Protocol):
     """The flow runs that were started for wishes."""
 
-    def of(self, wish: Wish) -> Sequence[Run]:
-        """Those of this wish. Raises PortError."""
+    def of(self, wishes: Sequence[Wish]) -> Mapping[str, Sequence[Run]]:
+        """Those of each wish, by its key, oldest first. Raises PortError."""
 
     def start(self, wish: Wish, number: int) -> None:
         """Run `number` of the wish is there, once however often it is asked for. Raises PortError."""
@@ -61,21 +61,30 @@ class Seen:
 
 
 def look(registry: Registry, ledger: Ledger, runs: Runs, shelf: Path, now: Callable[[], float]) -> Seen:
-    """One pass. Raises PortError if the registry, the ledger or Prefect cannot be reached."""
+    """One pass. Raises PortError if the registry, the ledger or Prefect cannot be reached.
+
+    Ledger and Prefect are asked once for all wishes: many may wait, and each is looked at in every pass.
+    """
     policies = shelf_in(shelf)
     seen = Seen(left=dict(policies.unsound))
+    asked: list[tuple[Found, list[Wish]]] = []
     for each in registry.models():
         try:
             found = policy_for(policies, each)
         except (BadInput, PolicyError) as exc:
             seen.left[each.model] = str(exc)
             continue
-        if found is None:
-            continue
-        for wish in wishes(registry, each, found):
-            if under_way(ledger, wish):
+        if found is not None:
+            asked.append((found, wishes(registry, each, found)))
+    all_wishes = [wish for _, of_model in asked for wish in of_model]
+    if not all_wishes:
+        return seen
+    busy, before = under_way(ledger), runs.of(all_wishes)
+    for found, of_model in asked:
+        for wish in of_model:
+            if (wish.model, wish.version) in busy:
                 break
-            if _started(registry, runs, wish, found.policy.trigger.alias, now(), seen):
+            if _started(registry, runs, wish, before[wish.key], found.policy.trigger.alias, now(), seen):
                 break  # the versions of one model go one after the other, oldest first
     return seen
 
@@ -104,18 +113,16 @@ def wishes(registry: Registry, model: Registered, found: Found) -> list[Wish]:
     ]
 
 
-def under_way(ledger: Ledger, wish: Wish) -> bool:
-    """Whether a rollout of the version has something left to do: also one that was started by hand."""
-    for name in ledger.unsettled():
-        state = fold(ledger.read(name))
-        if state is not None and (state.model, state.candidate) == (wish.model, wish.version):
-            return True
-    return False
+def under_way(ledger: Ledger) -> set[tuple[str, str]]:
+    """The models and versions whose rollout has something left to do: also one that was started by hand."""
+    states = [fold(ledger.read(name)) for name in ledger.unsettled()]
+    return {(state.model, state.candidate) for state in states if state is not None}
 
 
-def _started(registry: Registry, runs: Runs, wish: Wish, alias: str | None, now: float, seen: Seen) -> bool:
+def _started(
+    registry: Registry, runs: Runs, wish: Wish, before: Sequence[Run], alias: str | None, now: float, seen: Seen
+) -> bool:
     """Starts a run for the wish if it is time; whether the model's later versions have to wait for this one."""
-    before = runs.of(wish)
     if before and before[-1].cancelled and wish.cancelled != str(len(before)):
         registry.tag(wish.model, wish.version, {_CANCELLED_TAG: str(len(before))})
         settle.fn(registry, wish.model, wish.version, alias, "cancelled", "its flow run was cancelled by a person")

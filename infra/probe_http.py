@@ -32,6 +32,8 @@ CONNECTIONS = 8
 # Many short turns: what else the machine does comes in bursts, and a burst must fall on all versions.
 _SLICE_S = (0.015, 0.1)  # least and longest
 _TURNS = 40  # slices per version and measurement, if they are then not too short
+_TIMED_MIN = 400  # fewer leave a p99 without an upper limit (368 at 95 %), and a busy machine answers fewer
+_LONGER = 5  # times, at most
 _BUSY = frozenset({429, 503})
 _BUSY_TRIES = 5
 _MEMORY = re.compile(rb"^process_resident_memory_bytes(?:\{[^}]*\})?\s+([0-9.eE+-]+)", re.MULTILINE)
@@ -55,7 +57,8 @@ class HttpProbe:
         return _run(lambda: self._ask(endpoint, rows, label, limit))
 
     def race(self, endpoints: Sequence[Endpoint], rows: Path, label: str | None, duration_s: float) -> list[Speed]:
-        """Each endpoint's speed on the same rows, measured interleaved in the same run, `duration_s` in all.
+        """Each endpoint's speed on the same rows, measured interleaved in the same run, `duration_s` in all; for up to
+        three times as long where the machine is too busy for enough requests.
 
         `memory_mb` (10^6 bytes) is what the server reports after the run; `load_s` what it reports, 0 if it does not.
         """
@@ -105,7 +108,10 @@ class HttpProbe:
         each_s = duration_s / 2 / len(lanes)
         slice_s = min(max(each_s / _TURNS, _SLICE_S[0]), _SLICE_S[1])
         for connections in (1, CONNECTIONS):
-            for turn in range(max(1, round(each_s / slice_s))):
+            planned = max(1, round(each_s / slice_s))
+            for turn in range(_LONGER * planned):
+                if turn >= planned and (connections > 1 or all(lane.is_known for lane in lanes)):
+                    break
                 for lane in lanes if turn % 2 == 0 else reversed(lanes):
                     await lane.slice(connections, slice_s)
         return [await lane.speed() for lane in lanes]
@@ -139,6 +145,11 @@ class _Lane:
 
     def __post_init__(self) -> None:
         self._next: dict[int, Iterator[bytes]] = {}  # per measurement, so that all versions get the same rows in it
+
+    @property
+    def is_known(self) -> bool:
+        """Whether nothing more has to be seen of it: it fails, or there are enough requests to bound its p99."""
+        return self.failed > 0 or len(self.latency_ms) >= _TIMED_MIN
 
     async def warm_up(self) -> None:
         """A few requests that do not count."""

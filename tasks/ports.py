@@ -243,7 +243,8 @@ class Probe(Protocol):
         """The predictions for up to `limit` rows in the file's order. Raises PortError if the server is not there."""
 
     def race(self, endpoints: Sequence[Endpoint], rows: Path, label: str | None, duration_s: float) -> list[Speed]:
-        """Each endpoint's speed on the same rows, measured interleaved in the same run, `duration_s` in all."""
+        """Each endpoint's speed on the same rows, measured interleaved in the same run, `duration_s` in all;
+        longer, within limits, where a busy machine answers too few requests in it."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import psutil
 import pytest
 
 from flows import automations
-from flows.story import fold
+from flows.form import FORM
+from flows.story import fold, run_of
 from infra.platform_local import running
 from infra.router_envoy import EnvoyRouter
 from tests.e2e import toy
+from tests.e2e.browser import Browser, browser
 from tests.e2e.hints import part
 from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
 
@@ -58,6 +61,18 @@ def settled(client: Any, version: str) -> dict[str, str]:
     return dict(client.get_model_version("toy", version).tags)
 
 
+def has_begun(platform: Platform, client: Any, version: str) -> None:
+    """Once requests, or copies of them, go to the version."""
+    router = EnvoyRouter(platform.home / "agent")
+
+    def begun() -> bool:
+        tags = client.get_model_version("toy", version).tags
+        assert "lockgate.outcome" not in tags, tags
+        return (route := router.current("toy")) is not None and route.candidate == version
+
+    wait_until(begun, 240, "it has begun")
+
+
 def run_names(platform: Platform) -> list[str]:
     url = f"http://127.0.0.1:{platform.ports['PREFECT']}/api/flow_runs/filter"
     return [run["name"] for run in httpx.post(url, json={}).json() if run["deployment_id"] and "toy" in run["name"]]
@@ -68,8 +83,7 @@ def test_an_alias_is_all_that_a_delivery_needs_and_what_happened_is_told(platfor
     assert settled(client, first)["lockgate.outcome"] == "promoted"
     with Clients(platform.ports["GATEWAY"], "toy", toy.REQUEST) as traffic:
         client, second = ask(platform, toy.make(platform.files / "v2", seed=2))
-        router = EnvoyRouter(platform.home / "agent")
-        wait_until(lambda: (route := router.current("toy")) is not None and route.candidate == second, 120)
+        has_begun(platform, client, second)
         for module in ("flows.worker", "flows.receiver"):  # in mid-rollout; its process goes on
             process = part(platform, module)
             assert process is not None
@@ -94,6 +108,81 @@ def test_an_alias_is_all_that_a_delivery_needs_and_what_happened_is_told(platfor
     )  # each once
 
 
+ASKS = """
+policy: asks
+benchmark: {slo: {latency_ms_p99: 500}, duration: 1s, regression_max: 20}
+rollout: {stages: [canary: {weight: 40, for: 2s}], gates: {errors: {margin: 0.1}}, watch: {for: 2s}, burn_in: 1s}
+governance: {approvals: {by: [ann, ben], wait: 5m}}
+"""
+
+
+def test_a_person_sees_the_rollout_in_the_ui_and_approves_it_by_mouse(platform: Platform) -> None:
+    policy = platform.files / "asks.yaml"
+    policy.write_text(ASKS)
+    folder = toy.make(platform.files / "v5", seed=5)
+    url = f"http://127.0.0.1:{platform.ports['PREFECT']}"
+    with Clients(platform.ports["GATEWAY"], "toy", toy.REQUEST), ThreadPoolExecutor() as pool, browser() as person:
+        delivery = pool.submit(platform.deliver, folder, policy=policy)
+        wait_until(lambda: bool(forms(platform)), 180, "people are asked")
+        ((form, name),) = forms(platform).items()
+        version = name.split()[1].removeprefix("v").removesuffix(":")
+        book = platform.ledger()
+        try:
+            rollout = book.rollouts("toy")[0]
+            run = run_of(book.read(rollout))
+            person.opens(f"{url}/runs/flow-run/{run}", f"toy v{version} → local: canary 40 %, waiting for approval")
+            person.clicks("Artifacts")
+            person.reads("toy-progress", "toy-rollout", "toy-stages")
+            person.keeps("run")
+            seen = httpx.post(f"{url}/api/artifacts/filter", json={"flow_runs": {"id": {"any_": [run]}}}).json()
+            at = {each["key"]: f"{url}/artifacts/artifact/{each['id']}" for each in seen}
+            expected = {
+                "toy-progress": ["Progress: "],
+                "toy-rollout": [f"toy v{version} → local", "People are asked.", "live traffic", "Gates", "errors"],
+                "toy-stages": ["Items", "canary 40 %", "verdict"],
+            }
+            for key, words in expected.items():
+                person.opens(at[key], *words)
+                person.keeps(key)
+            person.opens(f"{url}/runs/flow-run/{form}", name)
+            person.clicks("Resume")
+            person.reads(f"May toy v{version} go on to promotion?", "It needs 1 of ann, ben.")
+            person.chooses(0, "approve")
+            person.chooses(1, "ann")
+            person.types(0, "seen by the desk")
+            person.types(1, "CHG-42")
+            person.keeps("form")
+            submit(person)
+            outcome = delivery.result(180)
+            assert (outcome.code, outcome.json["outcome"]) == (0, "promoted"), outcome.err + outcome.out
+            (answer,) = [entry for entry in book.read(rollout) if entry.kind == "answered"]
+        finally:
+            book.close()
+        assert (answer.actor, answer.body["ticket"]) == ("ann (Prefect form)", "CHG-42")
+        person.opens(f"{url}/runs/flow-run/{run}", f"toy v{version} → local: promoted")
+        person.keeps("promoted")
+
+
+def submit(person: Browser) -> None:
+    """By mouse, and once more where the UI says that it failed: Prefect's SQLite does not let one wait for its turn."""
+    for _ in range(5):
+        person.clicks("Submit", within="[role=dialog]")
+        wait_until(lambda: "Flow run resumed" in person.says() or "Failed to resume" in person.says(), 60, "an answer")
+        person.keeps("submitted")
+        if "Flow run resumed" in person.says():
+            return
+        print("the UI said: Failed to resume flow run")
+        wait_until(lambda: "Failed to resume" not in person.says(), 60, "the message is gone")
+    pytest.fail("the form was not taken in five tries")
+
+
+def forms(platform: Platform) -> dict[str, str]:
+    """The runs that wait for an answer of people: the name of each, by its id."""
+    url = f"http://127.0.0.1:{platform.ports['PREFECT']}/api/flow_runs/filter"
+    asked = {"tags": {"all_": [FORM]}, "state": {"type": {"any_": ["PAUSED"]}}}
+    return {run["id"]: run["name"] for run in httpx.post(url, json={"flow_runs": asked}).json()}
+
+
 def states(platform: Platform) -> dict[str, str]:
     """Of the runs of deliveries: the state type of each, by the run's id."""
     url = f"http://127.0.0.1:{platform.ports['PREFECT']}/api/flow_runs/filter"
@@ -105,8 +194,7 @@ def in_shadow(platform: Platform, seed: int) -> tuple[Any, str, str]:
     """A version that waits in its shadow stage, for want of traffic: MLflow's client, its number, its run's id."""
     before = states(platform)
     client, version = ask(platform, toy.make(platform.files / f"v{seed}", seed=seed))
-    router = EnvoyRouter(platform.home / "agent")
-    wait_until(lambda: (route := router.current("toy")) is not None and route.candidate == version, 120)
+    has_begun(platform, client, version)
     run = next(name for name in states(platform) if name not in before)
     return client, version, run
 
@@ -157,7 +245,7 @@ def test_the_automations_are_there_once_and_who_turns_one_off_is_heeded(platform
         return {each["name"]: each["enabled"] for each in httpx.post(f"{api}/filter", json={}).json()}
 
     (crashed,) = [each for each in httpx.post(f"{api}/filter", json={}).json() if each["name"] == automations.CRASHED]
-    httpx.patch(f"{api}/{crashed['id']}", json={"enabled": False}).raise_for_status()
+    wait_until(lambda: httpx.patch(f"{api}/{crashed['id']}", json={"enabled": False}).is_success, 60, "SQLite's turn")
     subprocess.run(
         [sys.executable, "-c", "from flows import automations; automations.apply()"],  # as the worker does
         env={**os.environ, "PREFECT_API_URL": api.removesuffix("/automations")},

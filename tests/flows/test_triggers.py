@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,9 +28,9 @@ class FakeRuns:
     wishes: dict[str, Wish] = field(default_factory=dict)
     down: bool = False
 
-    def of(self, wish: Wish) -> Sequence[Run]:
+    def of(self, wishes: Sequence[Wish]) -> Mapping[str, Sequence[Run]]:
         self._up()
-        return [run for _, run in sorted(self.runs.get(wish.key, {}).items())]
+        return {wish.key: [run for _, run in sorted(self.runs.get(wish.key, {}).items())] for wish in wishes}
 
     def start(self, wish: Wish, number: int) -> None:
         self._up()

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from onnx import TensorProto, helper
 
+from infra import probe_http
 from infra.probe_http import HttpProbe
 from tasks.ports import BadInput, Endpoint, PortError
 from tests.infra.onnx_models import logistic, save
@@ -145,6 +146,22 @@ def test_a_version_that_fails_on_rows_has_them_counted_in_the_race(
     assert 0 < seen.failed < seen.requests
     assert len(seen.latency_ms) < seen.requests - seen.failed + 1
     assert HttpProbe().race([], path, None, duration_s=0.4) == []
+
+
+@pytest.mark.parametrize(("a_slice", "slices"), [(1, 10), (150, 3), (400, 2)])
+def test_a_busy_machine_is_given_longer_until_there_are_enough_requests_to_bound_a_p99(
+    servers: dict[str, Endpoint], rows: Path, monkeypatch: pytest.MonkeyPatch, a_slice: int, slices: int
+) -> None:
+    alone: list[int] = []
+
+    async def measures(lane: probe_http._Lane, connections: int, length_s: float) -> None:
+        if connections == 1:
+            alone.append(a_slice)
+            lane.latency_ms += [1.0] * a_slice
+
+    monkeypatch.setattr(probe_http._Lane, "slice", measures)
+    HttpProbe().race([servers["a"]], rows, "late", duration_s=4 * probe_http._SLICE_S[0])  # two slices, if it is quick
+    assert len(alone) == slices
 
 
 def test_nobody_there_is_told_at_once(rows: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flows.approval import answer, asked, lines
+from flows.page import Shown, page
 from flows.rollback import take_back
 from flows.story import fold
 from policies.events import Phase
@@ -74,6 +75,22 @@ def test_what_is_shown_is_the_evidence_that_it_was_asked_on() -> None:
     text = "\n".join(lines(question))
     assert question["evidence_hash"] in text
     assert question["digest"] in text
+
+
+def test_an_approval_that_has_expired_is_not_shown_as_given() -> None:
+    world = World(BEFORE_PROMOTION.replace("wait: 60s", "wait: 60s, expires: 10s"))
+    given: list[list[str]] = []
+
+    def look() -> None:
+        question = asked(world.ledger, MODEL, world.clock.now())
+        state = fold(world.ledger.read("r1"))
+        assert state is not None
+        shown = page(Shown("r1", state, "local", world.clock.now()))
+        assert ("given by ann" in shown) == bool(question["given"])
+        given.append(question["given"])
+
+    drive(world, (5, say(world, "ann")), (6, look), (20, look), (21, say(world, "ann", "refuse")))
+    assert given == [["ann"], []]
 
 
 def test_a_version_that_turns_bad_while_people_are_asked_goes_back_at_once() -> None:
