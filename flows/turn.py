@@ -53,7 +53,7 @@ def still_claimed(ports: Ports, model: str, target: str, name: str) -> None:
 
 def refuse_unsigned(ports: Ports, policy: Policy, version: ModelVersion) -> None:
     """Where the policy names keys, bytes that none of them has signed are refused before anything is touched."""
-    keys = policy.governance.keys
+    keys = policy.governance.public_keys
     if not keys:
         return
     what = f"{version.model} v{version.version}"
@@ -177,7 +177,7 @@ def _begin(
         terms=terms(policy),
         reason=request.reason,
         by=request.by,
-        signed=version.signed if policy.governance.keys else "",
+        signed=version.signed if policy.governance.public_keys else "",
     )
     kind, body = to_body(event)
     extra = {

@@ -407,8 +407,8 @@ class Governance(_Strict):
         return given
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """The public keys in base64 (SubjectPublicKeyInfo), without PEM's lines around them."""
+    def public_keys(self) -> tuple[str, ...]:
+        """In base64 (SubjectPublicKeyInfo), without PEM's lines around them."""
         return tuple("".join(key.strip().splitlines()[1:-1]) for key in self.signed_by)
 
     @model_validator(mode="after")

@@ -77,7 +77,7 @@ def _trigger(policy: Policy) -> str:
 
 
 def _checks(policy: Policy) -> list[str]:
-    checks, keys = policy.checks, len(policy.governance.keys)
+    checks, keys = policy.checks, len(policy.governance.public_keys)
     quality = checks.quality
     lines = ["The file must be a sound ONNX model that loads and answers in the real model server."]
     lines.append(f"Its answers must be those of the training framework, to within {checks.parity_tolerance:g}.")

@@ -24,8 +24,8 @@ def deployment(
         threads=policy.target.threads,
         prediction_output=policy.prediction.output,
         prediction_column=policy.prediction.column,
-        signed=signed if policy.governance.keys else "",
-        signed_by=policy.governance.keys,
+        signed=signed if policy.governance.public_keys else "",
+        signed_by=policy.governance.public_keys,
     )
 
 

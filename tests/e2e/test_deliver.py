@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from flows.planning import MEASURED_S
 from flows.story import fold
 from tests.e2e import toy
 from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
+from tests.serving.keys import pem, sign
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -57,9 +60,16 @@ def test_a_first_version_serves_through_the_gateway_and_is_the_champion(platform
 
 
 def test_a_second_version_climbs_under_live_traffic_without_a_failed_request(platform: Platform, first: Path) -> None:
+    """It is signed, as its policy asks; before that it is not let in."""
     folder = toy.make(platform.files / "v2", seed=2)
+    key = ec.generate_private_key(ec.SECP256R1())
+    policy = platform.files / "signed.yaml"
+    policy.write_text(f"{toy.POLICY}governance: {{signed_by: [{json.dumps(pem(key))}]}}\n")
+    run = platform.deliver(folder, policy=policy)
+    assert (run.code, "toy v2 is not signed, and the policy asks for it" in run.err) == (1, True), run.err
+    (folder / "model.onnx.sig").write_text(sign(key, (folder / "model.onnx").read_bytes()))
     with clients(platform) as traffic:
-        run = platform.deliver(folder, "--expected", folder / "expected.csv", "--reason", "the second")
+        run = platform.deliver(folder, "--expected", folder / "expected.csv", "--reason", "the second", policy=policy)
     assert run.code == 0, run.err + run.out
     assert run.json["version"] == "2"
     assert run.json["candidate_requests"] > 0

@@ -123,7 +123,7 @@ MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=
 def test_keys_are_read_from_pem_and_what_is_none_is_refused() -> None:
     indented = "\n".join(f"      {line}" for line in KEY.splitlines())
     found = parse(SOUND + "governance:\n  signed_by:\n    - |\n" + indented + "\n")
-    assert found.governance.keys == ("MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=",)
+    assert found.governance.public_keys == ("MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=",)
     assert "  - Its bytes must be signed with the key." in explain(found)
     told = refused(SOUND + "governance:\n  signed_by: [/etc/keys/release.pem]\n")
     assert "line 9: 'governance.signed_by': a public key stands between BEGIN PUBLIC KEY and END PUBLIC KEY" in told
