@@ -164,6 +164,8 @@ class Agent:
             runner = self._runners.get((model, version))
             if runner is None:
                 return
+            while self._unapplied:  # the gateway may still send it traffic by a former route
+                await self._apply()
             held = self._held.get(model)
             if held is not None and version in _in_use(held.route):
                 raise Conflict(f"version {version} of {model} is in the route; route the traffic elsewhere first")
@@ -217,7 +219,7 @@ class Agent:
         for version in _in_use(route):
             if (model, version) not in self._runners:
                 raise Conflict(f"version {version} of {model} is not deployed here; deploy it first")
-        self._held[model] = routes.changed(before, route, self._capacity(model), since_boot())
+        self._hold(model, routes.changed(before, route, self._capacity(model), since_boot()))
         try:
             aside = self._state.aside(self._as_bytes())
         except NotDurable as exc:
@@ -247,6 +249,7 @@ class Agent:
             await self._save()
 
     def _hold(self, model: str, held: routes.Held | None) -> None:
+        self._unapplied = True
         if held is None:
             self._held.pop(model, None)
         else:
@@ -359,8 +362,9 @@ class Agent:
         """Clusters first, then the routes that name them."""
         async with self._applying:
             self._unapplied = True
-            await self._envoy.put("clusters", self._clusters())
-            wanted, resources = [held.route for held in self._held.values()], self._routes()
+            wanted = [held.route for held in self._held.values()]
+            clusters, resources = self._clusters(), self._routes()  # of one moment: no route names a cluster to come
+            await self._envoy.put("clusters", clusters)
             await self._envoy.put("routes", resources)
             self._in_force = wanted
             self._unapplied = wanted != [held.route for held in self._held.values()]

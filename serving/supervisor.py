@@ -242,7 +242,6 @@ class VersionRunner:
         self._places = places
         self._launcher = launcher
         self._tell = tell
-        places.samples.mkdir(parents=True, exist_ok=True)
         self.replicas = self._new_replicas()
 
     def _new_replicas(self) -> list[Replica]:
@@ -251,6 +250,7 @@ class VersionRunner:
 
     def begin(self, survivors: dict[str, list[Process]]) -> None:
         """Starts the replicas; those that survived are taken over and removed from `survivors`."""
+        self.samples.mkdir(parents=True, exist_ok=True)
         for replica in self.replicas:
             replica.begin(_survivor(replica, survivors))
 

@@ -49,9 +49,12 @@ def agent(tmp_path: Path, envoy: NotingEnvoy) -> node.Agent:
     made = node.Agent(node.AgentSettings(tmp_path, gateway.GatewaySettings()))
     made._envoy = envoy  # type: ignore[assignment]
     for version in ("1", "2"):
-        replica = SimpleNamespace(endpoint=f"unix:{version}.sock", ready=True)
+        replica = SimpleNamespace(endpoint=f"unix:{version}.sock", ready=True, log=tmp_path / f"{version}.log")
         spec = VersionSpec("m", version, "0" * 64)
-        made._runners["m", version] = SimpleNamespace(spec=spec, replicas=[replica], ready=1, suspended=False)  # type: ignore[assignment]
+        (samples := tmp_path / "samples" / "m" / version).mkdir(parents=True)
+        made._runners["m", version] = SimpleNamespace(  # type: ignore[assignment]
+            spec=spec, replicas=[replica], ready=1, suspended=False, samples=samples, stop=lambda: asyncio.sleep(0)
+        )
     return made
 
 
@@ -204,3 +207,27 @@ def test_an_older_content_that_comes_late_does_not_replace_a_newer_one(tmp_path:
     asyncio.run(late())
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
     assert (tmp_path / "state.json").read_bytes() == b"newer"
+
+
+def test_a_version_goes_only_once_no_route_in_force_names_it(agent: node.Agent, envoy: NotingEnvoy) -> None:
+    seen = []
+
+    async def put(kind: str, resources: list[dict[str, Any]]) -> None:
+        await asyncio.sleep(0.01)
+        await NotingEnvoy.put(envoy, kind, resources)
+        if kind == "clusters":
+            there = gateway.arm_name("m", "2", "1") in {cluster["name"] for cluster in resources}
+            seen.append((there, envoy.weights[-1]))
+
+    async def go() -> None:
+        await agent.set_route(canary(10, epoch=1))
+        envoy.put = put  # type: ignore[method-assign]
+        other = asyncio.create_task(agent._apply())
+        back = asyncio.create_task(agent.set_route(Route("m", "1", epoch=2)))
+        await asyncio.sleep(0)
+        await asyncio.gather(other, back, agent.undeploy("m", "2"))
+
+    asyncio.run(go())
+    assert seen[0] == (True, 10)
+    assert seen[-1] == (False, 0)
+    assert (False, 10) not in seen, "its clusters went while a route in force still named them"
