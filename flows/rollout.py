@@ -121,7 +121,7 @@ class Controller:
             self._learn(entry)
         self.lookout = Lookout(self.ports.telemetry, self.policy)
         self.tries = 0
-        self.had_share = False
+        self.had_share = False  # saw the candidate's share in force: if that has ended since, no other one is given
         self.outbox_at: dict[str, tuple[int, float]] = {}
 
     def _append(
@@ -194,9 +194,6 @@ class Controller:
         """Carries out what the rollout waits for; what fails is tried again until the machine's time for it is up."""
         effect = self.state.pending[0]
         try:
-            if self._lost_meanwhile(effect):
-                self._try_append(Lost(0.0, 0, "the lease ran out while the controller stood still"))
-                return
             outcome = self._carry_out(effect)
         except PortError as exc:
             final = isinstance(exc, (BadInput, NotThere, Refused))
@@ -209,17 +206,6 @@ class Controller:
                 self.tries += 1
             return
         self._try_append(outcome[0], **outcome[1])
-
-    def _lost_meanwhile(self, effect: Effect) -> bool:
-        """Whether the share that this controller saw in force has been taken back: then it gives no other one.
-
-        A process that was stopped between writing a step down and its change of traffic comes with an epoch that is
-        new, and so would be let through.
-        """
-        if effect.do is not Do.ROUTE or effect.version is not None or not self.had_share or self.state.stable is None:
-            return False
-        route = self.ports.router.current(self.state.model)
-        return route is not None and route.candidate is None and route.epoch < effect.asked_by
 
     def _taken_back(self, effect: Effect) -> bool:
         """Whether the stable version has the traffic to itself again: then a refused route is no riddle but a loss."""
@@ -244,7 +230,7 @@ class Controller:
             self._deploy(self.state.candidate, self.state.digest, self.state.signed)
             return done
         assert effect.do is Do.ROUTE
-        route = route_for(self.state, effect, self.policy.rollout)
+        route = route_for(self.state, effect, self.policy.rollout, self.had_share)
         self.run(set_traffic, self.ports.router, route, name=_route_name(self.state, effect))
         return done
 

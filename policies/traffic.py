@@ -58,7 +58,8 @@ class Route:
     percent of the live traffic, and a copy of `shadow` percent of the stable version's (its answers are thrown away).
     With `weight` 100 and `shadow` > 0 the roles turn round: the candidate answers, the stable version gets the copies.
     `epoch` orders changes: whoever holds the route refuses an older one. With `lease_s`, the candidate's share ends
-    that long after the last renewal, by itself.
+    that long after the last renewal, by itself. A route that `continues` such a share is refused once it has ended so:
+    whoever asks for it may have stood still for longer than the lease.
 
     With `timeout_s`, a request is answered within it, by 504 if need be; whoever is asked first has half of it.
 
@@ -76,6 +77,7 @@ class Route:
     key: Key = Key()
     rules: tuple[Rule, ...] = ()
     timeout_s: float | None = None
+    continues: bool = False
 
     def __post_init__(self) -> None:
         if self.timeout_s is not None and not 0 < self.timeout_s <= TIMEOUT_S_MAX:

@@ -4,7 +4,8 @@
 
 - An older epoch is refused, and so is other content under the same epoch: two controllers cannot both be right.
 - A candidate's share may grow only onto ready replicas. Taking it away needs no more than one ready stable replica.
-- When the lease runs out the candidate's share ends. That epoch is then spent: only a newer one can give a share again.
+- When the lease runs out the candidate's share ends. That epoch is then spent: only a newer one can give a share again,
+  and only one that does not ask to go on with the share that ended.
 """
 
 from __future__ import annotations
@@ -62,6 +63,13 @@ def changed(held: Held | None, route: Route, capacity: Mapping[str, Capacity], n
             raise Conflict(
                 f"epoch {route.epoch} for {route.model} is older than the epoch {held.route.epoch} in force",
                 epoch=held.route.epoch,
+            )
+        if route.continues and held.lost is not None:
+            raise Conflict(
+                f"the lease of epoch {held.lost.epoch} was lost, and with it the share that epoch {route.epoch} for"
+                f" {route.model} would go on with",
+                epoch=held.route.epoch,
+                lease_lost=asdict(held.lost),
             )
         if route.epoch == held.route.epoch:
             _same_epoch(held, route)
@@ -151,6 +159,8 @@ def route_from(body: Mapping[str, Any], model: str) -> Route:
     for name in ("stable", "candidate"):
         if not isinstance(body.get(name), str | None):
             raise BadRequest(f"'{name}' must be a version or null, not {body[name]!r}")
+    if not isinstance(body.get("continues", False), bool):
+        raise BadRequest(f"'continues' must be true or false, not {body['continues']!r}")
     lease = body.get("lease_s")
     if lease is not None and (isinstance(lease, bool) or not isinstance(lease, int | float) or not 0 < lease < 86400):
         raise BadRequest(f"'lease_s' must be seconds between 0 and 86400, or null, not {lease!r}")

@@ -12,8 +12,9 @@ from policies.traffic import Route
 from tasks.ports import Router
 
 
-def route_for(state: Rollout, effect: Effect, policy: RolloutPolicy) -> Route:
-    """The route that a ROUTE effect asks for. It carries a lease wherever there is a stable version to go back to."""
+def route_for(state: Rollout, effect: Effect, policy: RolloutPolicy, had_share: bool = False) -> Route:
+    """The route that a ROUTE effect asks for. It carries a lease wherever there is a stable version to go back to, and
+    `continues` where whoever asks has seen the candidate's share in force."""
     if effect.version is not None or not (effect.weight or effect.shadow):
         return Route(state.model, stable=effect.version, epoch=effect.asked_by, timeout_s=policy.timeout)
     return Route(
@@ -27,6 +28,7 @@ def route_for(state: Rollout, effect: Effect, policy: RolloutPolicy) -> Route:
         key=policy.audience.key,
         rules=policy.audience.rules,
         timeout_s=policy.timeout,
+        continues=had_share and state.stable is not None,
     )
 
 

@@ -36,6 +36,8 @@ class FakeRouter:
             raise Refused(f"epoch {route.epoch} is older than {held.route.epoch}")
         if held is not None and route.epoch == held.route.epoch and held.lost:
             raise Refused(f"the lease of epoch {route.epoch} was lost")
+        if held is not None and held.lost and route.continues:
+            raise Refused(f"the share that epoch {route.epoch} goes on with was lost")
         for version in self._fed(route):
             if (route.model, version) not in self.target.versions:
                 raise Refused(f"{route.model} v{version} has no ready replica")

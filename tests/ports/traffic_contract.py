@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +103,10 @@ class TrafficContract:
             node.router.renew(MODEL, 5)
         with pytest.raises(Refused):
             node.router.apply(route)
+        with pytest.raises(Refused):  # who comes late with the next step stood still while the share ended
+            node.router.apply(replace(route, epoch=6, weight=50, continues=True))
+        node.router.apply(replace(route, epoch=7, weight=1))
+        node.router.apply(replace(route, epoch=8, weight=2, continues=True))
 
     def _two(self, node: Node) -> None:
         node.target.deploy(node.wanted("1"))

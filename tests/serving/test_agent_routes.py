@@ -52,6 +52,14 @@ def test_a_lost_lease_spends_its_epoch_and_a_newer_one_starts_afresh() -> None:
     assert changed(held, replace(CANARY, epoch=4), READY, now=1.0).lost is None
 
 
+def test_who_would_go_on_with_a_share_that_was_lost_is_refused_and_who_begins_one_is_not() -> None:
+    held = back_on_stable(changed(None, CANARY, READY, now=0.0), at=1000.0)
+    with pytest.raises(Conflict, match="the lease of epoch 3 was lost, and with it the share that epoch 4"):
+        changed(held, replace(CANARY, epoch=4, weight=50, continues=True), READY, now=1.0)
+    begun = changed(held, replace(CANARY, epoch=5), READY, now=1.0)
+    assert changed(begun, replace(CANARY, epoch=6, weight=20, continues=True), READY, now=2.0).route.weight == 20
+
+
 def test_a_renewal_after_the_lease_ran_out_is_refused_even_before_the_agent_noticed() -> None:
     held = changed(None, CANARY, READY, now=0.0)
     assert renewed(held, "m", 3, now=9.9).lease_left_s(now=9.9) == 10.0

@@ -256,12 +256,19 @@ def test_bytes_that_came_into_quarantine_meanwhile_fail_the_checks() -> None:
 
 
 @pytest.mark.parametrize("stopped_after", [("1", "2", 0, 100), ("1", "2", 20, 0), ("1", "2", 50, 0)])
+@pytest.mark.parametrize("where", ["before it asks", "while it asks"])
 def test_a_controller_that_was_stopped_for_longer_than_the_lease_gives_no_share_again(
-    stopped_after: tuple[str | None, str | None, int, int],
+    stopped_after: tuple[str | None, str | None, int, int], where: str
 ) -> None:
     """SIGSTOP after the step is written and before its traffic is changed, then SIGCONT: what the agent did stands."""
     world = World()
-    append, stopped = world.ledger.append, []
+    append, apply, stopped = world.ledger.append, world.router.apply, list[Any]()
+
+    def late(route: Route) -> None:
+        if not stopped and world.weights[-1] == stopped_after:
+            stopped.append(route)
+            world.clock.sleep(world.policy.rollout.lease + 1.0)
+        apply(route)
 
     def watched(rollout: str, sequence: int, at: float, actor: str, kind: str, body: Any) -> Any:
         entry = append(rollout, sequence, at, actor, kind, body)
@@ -272,7 +279,10 @@ def test_a_controller_that_was_stopped_for_longer_than_the_lease_gives_no_share_
             world.clock.sleep(world.policy.rollout.lease + 1.0)
         return entry
 
-    world.ledger.append = watched  # type: ignore[method-assign]
+    if where == "before it asks":
+        world.ledger.append = watched  # type: ignore[method-assign]
+    else:
+        world.router.apply = late  # type: ignore[method-assign]
     state = world.drive()
     assert stopped
     assert state.phase is Phase.ROLLED_BACK
