@@ -6,6 +6,7 @@ What they are about is done without them, too: after a crash by the reconciler o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
@@ -34,42 +35,46 @@ def apply() -> None:
 
 def _after_crash(reconcile: UUID) -> Any:
     """A delivery's or a rollback's run that has crashed: its rollout is taken over."""
-    from prefect.automations import AutomationCore, EventTrigger, Posture, ResourceSpecification, RunDeployment
+    from prefect.automations import RunDeployment
 
-    ours = {"prefect.resource.role": "flow", "prefect.resource.name": ["deliver", "rollback"]}
     run = {"__prefect_kind": "jinja", "template": "{{ flow_run.id }}"}
-    return AutomationCore(
-        name=CRASHED,
-        description="Takes over the rollout of a delivery whose run has crashed, where nobody has done so yet.",
-        enabled=True,
-        tags=[POOL],
-        trigger=EventTrigger(
-            expect={"prefect.flow-run.Crashed"},
-            match=ResourceSpecification.model_validate({"prefect.resource.id": "prefect.flow-run.*"}),
-            match_related=ResourceSpecification.model_validate(ours),
-            for_each={"prefect.resource.id"},
-            posture=Posture.Reactive,
-            threshold=1,
-        ),
-        actions=[RunDeployment(source="selected", deployment_id=reconcile, parameters={"crashed": run})],
+    return _automation(
+        CRASHED,
+        "Takes over the rollout of a delivery whose run has crashed, where nobody has done so yet.",
+        RunDeployment(source="selected", deployment_id=reconcile, parameters={"crashed": run}),
+        expect={"prefect.flow-run.Crashed"},
+        of="prefect.flow-run.*",
+        related={"prefect.resource.role": "flow", "prefect.resource.name": ["deliver", "rollback"]},
     )
 
 
 def _on_alarm() -> Any:
     """An alarm of the monitor has begun. Nothing happens: the place to add, say, a notification."""
-    from prefect.automations import AutomationCore, DoNothing, EventTrigger, Posture, ResourceSpecification
+    from prefect.automations import DoNothing
 
+    why = "Add what else shall happen, say a notification: rollback and retraining are the policy's."
+    return _automation(ALARM, why, DoNothing(), expect=_ALARMS, of="lockgate.model.*")
+
+
+def _automation(
+    name: str, description: str, action: Any, expect: set[str], of: str, related: Mapping[str, Any] | None = None
+) -> Any:
+    """The action at each such event of such a resource; `related`: of its related resources, one is like this."""
+    from prefect.automations import AutomationCore, EventTrigger, Posture, ResourceSpecification
+
+    like = ResourceSpecification.model_validate
     return AutomationCore(
-        name=ALARM,
-        description="Add what else shall happen, say a notification: rollback and retraining are the policy's.",
+        name=name,
+        description=description,
         enabled=True,
         tags=[POOL],
         trigger=EventTrigger(
-            expect=_ALARMS,
-            match=ResourceSpecification.model_validate({"prefect.resource.id": "lockgate.model.*"}),
+            expect=expect,
+            match=like({"prefect.resource.id": of}),
+            match_related=like(related or {}),
             for_each={"prefect.resource.id"},
             posture=Posture.Reactive,
             threshold=1,
         ),
-        actions=[DoNothing()],
+        actions=[action],
     )
