@@ -159,6 +159,7 @@ def _begin(ports: Ports, former: Rollout, entries: list[Entry], name: str, by: s
         terms=replace(former.terms, stops=(), watch_s=0.0, watch_shadow=0, approvals=None, freeze=()),
         reason=reason,
         by=by,
+        signed=former.signed,
     )
     kind, body = to_body(event)
     more = {"back_from": event.stable, "shown_by": str(run) if (run := flow_run_id()) else None}
