@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import orjson
-
-from policies.traffic import Route, route_of
-from serving import gateway, gateway_routes, routes
+from policies.traffic import Route
+from serving import gateway, gateway_routes, node_state, routes
 from serving.agent_errors import AgentError, BadRequest, Conflict, NotDurable, StartError
-from serving.durable import EventLog, ModelStore, StateFile, drop_oldest, read_json
+from serving.durable import EventLog, ModelStore, StateFile, drop_oldest
 from serving.envoy import Envoy
 from serving.launcher import SERVER, Launcher
+from serving.node_state import since_boot
 from serving.processes import survivors
 from serving.supervisor import Places, VersionRunner, VersionSpec
 
@@ -49,15 +48,6 @@ class AgentSettings:
     gateway: gateway.GatewaySettings
     gateway_threads: int = 1
     server_command: tuple[str, ...] = SERVER
-
-
-def since_boot() -> float:
-    """Seconds since the machine was started, suspended time included: never jumps, and outlives the process."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class Agent:
@@ -92,9 +82,10 @@ class Agent:
     async def begin(self) -> None:
         """Everything that the state file names runs, or is being started. Raises StartError."""
         try:
-            specs = self._load()
+            specs, held = node_state.read(self._state.path)
         except AgentError as exc:
             raise StartError(str(exc)) from exc
+        self._held = {each.route.model: each for each in held}
         found = survivors(self.home)
         self._launcher.begin()  # always a new one: a surviving zygote may have imported what has since been replaced
         adopted = sum(len(processes) for processes in found.values())
@@ -416,39 +407,7 @@ class Agent:
                 await self._save()
 
     def _as_bytes(self) -> bytes:
-        now, wall = since_boot(), time.time()
-        state = {
-            "form": 1,
-            "boot": _boot(),
-            "versions": [asdict(spec) for spec in self._specs()],
-            "routes": [
-                {
-                    "route": asdict(held.route),
-                    "renewed_since_boot": held.renewed,
-                    "renewed_at": wall - (now - held.renewed),
-                    "lost": asdict(held.lost) if held.lost else None,
-                }
-                for held in self._held.values()
-            ],
-        }
-        return orjson.dumps(state, option=orjson.OPT_INDENT_2)
-
-    def _load(self) -> list[VersionSpec]:
-        """Takes the routes from the state file and returns the versions. Raises BadRequest for a file that is none."""
-        state = read_json(self._state.path)
-        if state is None:
-            return []
-        try:
-            for entry in state["routes"]:
-                lost = routes.Lost(**entry["lost"]) if entry["lost"] else None
-                renewed = entry["renewed_since_boot"]
-                if state["boot"] != _boot():
-                    renewed = since_boot() - _age_by_wall_clock(entry["renewed_at"])
-                route = route_of(entry["route"])
-                self._held[route.model] = routes.Held(route, renewed, lost)
-            return [VersionSpec(**entry) for entry in state["versions"]]
-        except (KeyError, TypeError, ValueError) as exc:
-            raise BadRequest(f"{self._state.path} does not read as an agent's state: {exc!r}") from exc
+        return node_state.written(self._specs(), self._held.values())
 
     def _tell(self, kind: str, says: str, **facts: Any) -> None:
         _log.info("%s", says)
@@ -458,12 +417,6 @@ class Agent:
         if says not in self._warned:
             self._warned.add(says)
             self._tell("warning", says)
-
-
-def _age_by_wall_clock(renewed_at: float) -> float:
-    """The age of a renewal from before the machine was started. One in the future has no known age: it is over."""
-    age = time.time() - renewed_at
-    return age if age >= 0 else float("inf")
 
 
 def _in_use(route: Route) -> set[str]:
