@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import statistics
 import subprocess
@@ -383,6 +384,8 @@ def main() -> int:
     asked.add_argument("--soak", type=int, default=half_an_hour, help="requests of the long run; default: %(default)s")
     asked.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks" / "serving.json")
     given = asked.parse_args()
+    if shutil.which("wrk") is None:
+        asked.error("wrk is not installed (on Debian and Ubuntu: apt-get install wrk)")
     raw: dict[str, Any] = {"peers": {}, "load_before": os.getloadavg()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.needs import lacking
 
 PICTURES = Path(__file__).resolve().parents[2] / "build" / "screenshots"
 _WAIT_S = 60.0  # a page of a busy machine
@@ -22,8 +22,7 @@ def programs_or_skip() -> tuple[str, str]:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver = shutil.which("chromedriver")
     if browser is None or driver is None:
-        away = pytest.fail if os.environ.get("CI") else pytest.skip
-        away("no Chromium with its driver is installed (on Debian: apt-get install chromium-driver)")
+        lacking("Chromium with its driver", "chromium-driver")
     return browser, driver
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
+from tests.needs import lacking
 
 
 def programs() -> Path | None:
@@ -26,8 +26,7 @@ def programs_or_skip() -> Path:
     """The same, or the test is skipped; in CI it fails, for there the server is installed."""
     found = programs()
     if found is None:
-        away = pytest.fail if os.environ.get("CI") else pytest.skip
-        away("no PostgreSQL server is installed (on Debian and Ubuntu: apt-get install postgresql)")
+        lacking("PostgreSQL server", "postgresql")
     return found
 
 
