@@ -19,6 +19,7 @@ from tasks.outcome import settle
 from tasks.ports import BadInput, Ledger, PortError, Registered, Registry
 
 REGISTRY = "registry"  # who asked, where an alias, a tag or a new version did
+_HANGS_S = 2.0  # so long for nothing, and Prefect's server hangs
 _CANCELLED_TAG = "lockgate.cancelled"  # how many runs of a wish there were when a person cancelled the last
 
 
@@ -79,12 +80,17 @@ def look(registry: Registry, ledger: Ledger, runs: Runs, shelf: Path, now: Calla
     all_wishes = [wish for _, of_model in asked for wish in of_model]
     if not all_wishes:
         return seen
-    busy, before = under_way(ledger), runs.of(all_wishes)
+    busy, before, waited_s = under_way(ledger), runs.of(all_wishes), 0.0
     for found, of_model in asked:
         for wish in of_model:
             if (wish.model, wish.version) in busy:
                 break
-            if _started(registry, runs, wish, before[wish.key], found.policy.trigger.alias, now(), seen):
+            began = now()
+            goes_first = _started(registry, runs, wish, before[wish.key], found.policy.trigger.alias, began, seen)
+            waited_s += now() - began if wish.key in seen.left else 0.0
+            if waited_s > _HANGS_S:
+                return seen  # each of the others would wait as long; the next look asks again
+            if goes_first:
                 break  # the versions of one model go one after the other, oldest first
     return seen
 

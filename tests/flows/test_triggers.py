@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class FakeRuns:
     runs: dict[str, dict[int, Run]] = field(default_factory=dict)
     wishes: dict[str, Wish] = field(default_factory=dict)
     down: bool = False
+    hangs: Callable[[], None] | None = None  # a start has taken this, and failed
 
     def of(self, wishes: Sequence[Wish]) -> Mapping[str, Sequence[Run]]:
         self._up()
@@ -35,6 +36,9 @@ class FakeRuns:
     def start(self, wish: Wish, number: int) -> None:
         self._up()
         self.wishes[wish.key] = wish
+        if self.hangs is not None:
+            self.hangs()
+            raise PortError("timed out (by the test)")
         self.runs.setdefault(wish.key, {}).setdefault(number, Run(None))
 
     def end(self, key: str, at: float, cancelled: bool = False) -> None:
@@ -86,6 +90,22 @@ def test_an_alias_starts_one_run_however_often_one_looks(world: World) -> None:
     world.registry.set_alias("m", "candidate", world.version("m", 1))
     assert [len(world.look()) for _ in range(3)] == [1, 0, 0]
     assert world.runs.wishes[world.runs.open()[0]].version == "1"
+
+
+@pytest.mark.parametrize(("takes_s", "asked"), [(5.0, 1), (0.1, 4)])
+def test_a_server_that_hangs_is_not_waited_for_once_for_each_wish(world: World, takes_s: float, asked: int) -> None:
+    for model in "abcd":
+        world.policy(model)
+        world.registry.set_alias(model, "candidate", world.version(model, 1))
+
+    def takes() -> None:
+        world.now += takes_s
+
+    world.runs.hangs = takes
+    assert world.look() == []
+    assert len(world.runs.wishes) == asked
+    world.runs.hangs = None
+    assert len(world.look()) == 4
 
 
 def test_a_model_without_a_policy_is_nobody_s_business(world: World) -> None:
