@@ -226,12 +226,15 @@ def _arm(name: str, model: str, version: str, stable: str) -> Json:
 def bootstrap(settings: GatewaySettings, folder: PurePath) -> Json:
     """What Envoy is started with. It reads `folder`/clusters/clusters.json and `folder`/routes/routes.json, and again
     whenever a file is renamed into those folders. Its admin interface, which could end it, is a socket in `folder`."""
-    rescue = gateway_rescue.listener(duration(settings.attempt_timeout_s), settings.body_bytes_max)
+    rescue = gateway_rescue.listeners(duration(settings.attempt_timeout_s), settings.body_bytes_max)
     return {
         "node": {"id": "lockgate", "cluster": "lockgate"},
         "admin": {"address": {"pipe": {"path": str(folder / ADMIN_SOCKET), "mode": 0o600}}},
         "dynamic_resources": {"cds_config": _watched(folder / "clusters", "clusters.json")},
-        "static_resources": {"listeners": [_listener(settings, folder), rescue]},
+        "static_resources": {
+            "listeners": [_listener(settings, folder), *rescue],
+            "clusters": [gateway_rescue.cluster(_breakers(100_000), settings.body_bytes_max)],
+        },
         "bootstrap_extensions": [gateway_rescue.EXTENSION],
         "overload_manager": {
             "resource_monitors": [

@@ -250,19 +250,49 @@ def test_an_envoy_that_cannot_be_asked_any_more_is_replaced_when_the_agent_start
     assert agent.ask_many(5) == {(200, "1"): 5}
 
 
-def test_killing_the_only_server_again_and_again_costs_no_request(tmp_path: Path) -> None:
-    """Nobody else could answer: what it was killed with is asked again once it is back."""
+@pytest.fixture
+def patient(tmp_path: Path) -> Iterator[RunningAgent]:
+    """Waits longer for an attempt than a server needs to be back."""
     running = RunningAgent(tmp_path, "--attempt-timeout-s", "10")
     try:
-        running.start()
-        running.deploy("1")
-        running.route("1", epoch=1)
-        with load(running) as seen:
-            for _ in range(3):
-                running.kill_server("1")
-                # What died with two servers is sent no third time; second attempts wait for 0.25 s at most at a time.
-                time.sleep(1.0)
+        yield running.start()
     finally:
         running.stop()
+
+
+def test_killing_the_only_server_again_and_again_costs_no_request(patient: RunningAgent) -> None:
+    """Nobody else could answer: what it was killed with is asked again once it is back."""
+    patient.deploy("1")
+    patient.route("1", epoch=1)
+    with load(patient) as seen:
+        for _ in range(3):
+            patient.kill_server("1")
+            # What died with three servers is sent no fourth time; attempts wait for 0.25 s at most at a time.
+            time.sleep(1.0)
     assert only_successes(seen), seen
     assert seen[200] > 50
+
+
+def test_killing_the_only_server_that_makes_no_errors_costs_no_request(patient: RunningAgent) -> None:
+    """What the candidate has failed at is under way on the stable version when that dies: it is asked once more."""
+    patient.deploy("1", mode="slow", slow_s=0.1)
+    patient.deploy("2", mode="error")
+    patient.route("1", "2", weight=50, epoch=1)
+    with load(patient, clients=8) as seen:
+        for _ in range(3):
+            time.sleep(0.3)
+            patient.kill_server("1")
+            time.sleep(1.0)
+    assert only_successes(seen), seen
+    assert seen[200] > 50
+
+
+def test_a_request_that_servers_die_of_is_sent_three_times_at_most(patient: RunningAgent) -> None:
+    """Twice, where a server needs longer for its next start than an attempt waits."""
+    patient.deploy("1", mode="die")
+    patient.route("1", epoch=1)
+    answer = patient.ask()
+    assert answer.status == 503
+    assert not [name for name in answer.headers if name in ("x-lockgate-died", "x-lockgate-again")]
+    until(lambda: patient.version("1")["state"] == "ready", "it is back")
+    assert [event["kind"] for event in patient.client.events()].count("replica-ended") in (2, 3)

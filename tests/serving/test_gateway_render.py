@@ -67,7 +67,7 @@ def validate(routes: list[Route], folder: Path) -> None:
     [table] = gateway_routes.route_resources(routes, SETTINGS)
     manager["route_config"] = {**table, "validate_clusters": True}
     manager["route_config"].pop("@type")
-    bootstrap["static_resources"]["clusters"] = [
+    bootstrap["static_resources"]["clusters"] += [
         {key: value for key, value in one.items() if key != "@type"} for one in clusters()
     ]
     path = folder / "envoy.json"
