@@ -18,19 +18,40 @@ _ALARMS = {f"lockgate.monitor.{kind}" for kind in ("drift", "data", "quality")}
 
 
 def apply() -> None:
-    """Both are on the Prefect server. What somebody has turned off stays off, and the alarm's is not changed."""
+    """Both are there, as somebody has left them; only a deployment that is gone gives way to `reconcile`."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as server:
         reconcile = server.read_deployment_by_name("reconcile/reconcile").id
-        (crashed, *_) = [*server.read_automations_by_name(CRASHED), None]
-        if crashed is None:
+        crashed = server.read_automations_by_name(CRASHED)
+        if not crashed:
             server.create_automation(_after_crash(reconcile))
-        else:
-            wanted = _after_crash(reconcile).model_copy(update={"enabled": crashed.enabled})
-            server.update_automation(crashed.id, wanted)
+        for each in crashed:
+            actions = [_pointed(server, action, reconcile) for action in each.actions]
+            if actions != each.actions:
+                server.update_automation(each.id, _like(each, actions))
         if not server.read_automations_by_name(ALARM):
             server.create_automation(_on_alarm())
+
+
+def _pointed(server: Any, action: Any, reconcile: UUID) -> Any:
+    """The action; where it runs a deployment that the server has no more, it runs `reconcile`."""
+    from prefect.exceptions import ObjectNotFound
+
+    if (known := getattr(action, "deployment_id", None)) is None:
+        return action
+    try:
+        server.read_deployment(known)
+    except ObjectNotFound:
+        return action.model_copy(update={"deployment_id": reconcile})
+    return action
+
+
+def _like(found: Any, actions: list[Any]) -> Any:
+    from prefect.automations import AutomationCore
+
+    kept = {key: value for key, value in found if key not in ("id", "owner_resource")}  # an update may not say these
+    return AutomationCore(**{**kept, "actions": actions})
 
 
 def _after_crash(reconcile: UUID) -> Any:

@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -238,21 +239,34 @@ def reconciled_after(platform: Platform, run: str) -> list[str]:
     return [each["state_type"] for each in found if each["parameters"].get("crashed") == run]
 
 
-def test_the_automations_are_there_once_and_who_turns_one_off_is_heeded(platform: Platform) -> None:
+def test_the_automations_are_there_once_and_stay_as_somebody_left_them(platform: Platform) -> None:
     api = f"http://127.0.0.1:{platform.ports['PREFECT']}/api/automations"
 
-    def there() -> dict[str, bool]:
-        return {each["name"]: each["enabled"] for each in httpx.post(f"{api}/filter", json={}).json()}
+    def there() -> dict[str, dict[str, Any]]:
+        found = httpx.post(f"{api}/filter", json={}).json()
+        assert sorted(each["name"] for each in found) == [automations.CRASHED, automations.ALARM]
+        return {each["name"]: each for each in found}
 
-    (crashed,) = [each for each in httpx.post(f"{api}/filter", json={}).json() if each["name"] == automations.CRASHED]
-    wait_until(lambda: httpx.patch(f"{api}/{crashed['id']}", json={"enabled": False}).is_success, 60, "SQLite's turn")
-    subprocess.run(
-        [sys.executable, "-c", "from flows import automations; automations.apply()"],  # as the worker does
-        env={**os.environ, "PREFECT_API_URL": api.removesuffix("/automations")},
-        check=True,
-        timeout=60,
-    )
-    assert there() == {automations.CRASHED: False, automations.ALARM: True}
+    def put(automation: Mapping[str, Any]) -> None:
+        body = {key: value for key, value in automation.items() if key not in ("id", "created", "updated")}
+        wait_until(lambda: httpx.put(f"{api}/{automation['id']}", json=body).is_success, 60, "SQLite's turn")
+
+    made = there()[automations.CRASHED]
+    (run,) = made["actions"]
+    gone = {**run, "deployment_id": str(uuid.uuid4()), "parameters": {"crashed": "as somebody likes it"}}
+    try:
+        put({**made, "enabled": False, "description": "ours, too", "actions": [gone]})
+        subprocess.run(
+            [sys.executable, "-c", "from flows import automations; automations.apply()"],  # as the worker does
+            env={**os.environ, "PREFECT_API_URL": api.removesuffix("/automations")},
+            check=True,
+            timeout=60,
+        )
+        seen = there()[automations.CRASHED]
+        assert (seen["enabled"], seen["description"]) == (False, "ours, too")
+        assert seen["actions"] == [{**gone, "deployment_id": run["deployment_id"]}]
+    finally:
+        put(made)
 
 
 def outcome_of(platform: Platform, version: str) -> str:
