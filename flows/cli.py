@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,9 +18,7 @@ from flows.cli_approval import approve
 from flows.cli_policy import plan, policy_app, read_policy
 from flows.cli_record import audit_app, quarantine_app
 from flows.settings import Settings, read_settings
-
-if TYPE_CHECKING:
-    pass
+from tasks.ports import BadInput, NotThere, PortError
 
 DONE, REFUSED, USAGE, UNFINISHED = 0, 1, 2, 3
 
@@ -43,11 +41,6 @@ Reason = Annotated[str, typer.Option("--reason", help="Why; it goes on the recor
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    err.print(f"lockgate: {message}", markup=False)
-    raise typer.Exit(code)
 
 
 def _print(document: Any) -> None:
@@ -156,9 +149,9 @@ def deliver(
 
         problems = planning.planned(found.policy, planning.Traffic(rps)).problems
         if problems:
-            _fail("\n".join(problems), USAGE)
+            raise BadInput("\n".join(problems))
     if sum(each is not None for each in (file, version, source)) != 1:
-        _fail("say what to deliver with exactly one of --file, --version and --source", USAGE)
+        raise BadInput("say what to deliver with exactly one of --file, --version and --source")
     request = {
         "model": model,
         "version": version,
@@ -184,7 +177,7 @@ def _metrics(path: Path | None) -> dict[str, float]:
     try:
         return {str(name): float(value) for name, value in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as exc:
-        _fail(f"metrics file {path} must be a JSON object of numbers: {exc}", USAGE)
+        raise BadInput(f"metrics file {path} must be a JSON object of numbers: {exc}") from exc
 
 
 @app.command(epilog='Example: lockgate rollback flight-delay --reason "complaints from the call centre"')
@@ -208,7 +201,7 @@ def watch(model: Model, as_json: Json = False) -> None:
     book = ledger(read_settings())
     name = newest(book, model)
     if name is None:
-        _fail(f"the ledger has no rollout of model '{model}'", USAGE)
+        raise NotThere(f"the ledger has no rollout of model '{model}'")
     if as_json:
         for entry in book.read(name):
             _print(asdict(entry))
@@ -221,11 +214,9 @@ def watch(model: Model, as_json: Json = False) -> None:
 def _order(model: str, what: str, reason: str, as_json: bool) -> None:
     from flows.run import give_order
 
-    code, message = give_order(read_settings(), model, what, reason)
-    if code != DONE:
-        _fail(message, code)
-    _print({"model": model, "order": what, "state": message}) if as_json else out.print(
-        f"{model}: {what} ordered; {message}"
+    state = give_order(read_settings(), model, what, reason)
+    _print({"model": model, "order": what, "state": state}) if as_json else out.print(
+        f"{model}: {what} ordered; {state}"
     )
 
 
@@ -358,8 +349,6 @@ def demo(
 
 def main() -> None:
     """The console script. Every foreseen error is one sentence, and the exit code that goes with it."""
-    from tasks.ports import BadInput, NotThere, PortError
-
     try:
         app()
     except PortError as exc:

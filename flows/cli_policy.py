@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -27,23 +27,17 @@ SlowRate = Annotated[float, typer.Option(help="Share of its requests beyond the 
 LabelLag = Annotated[float, typer.Option(help="Seconds after which an answer's label comes.")]
 
 out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def _wrong(message: str) -> NoReturn:
-    err.print(f"lockgate: {message}", markup=False)
-    raise typer.Exit(2)
 
 
 def read_policy(wanted: Path) -> Found:
-    """The policy in the file, or of that name; exits with code 2 where there is none, or it is not sound."""
+    """The policy in the file, or of that name. Raises BadInput where there is none, or it is not sound."""
     from flows.policy import find
     from policies.policy import PolicyError
 
     try:
         return find(read_settings().shelf, str(wanted))
-    except (BadInput, PolicyError) as exc:
-        _wrong(str(exc))
+    except PolicyError as exc:
+        raise BadInput(str(exc)) from exc
 
 
 def plan(
@@ -60,7 +54,7 @@ def plan(
 
     parsed = read_policy(policy).policy
     if (rps is None) == (measured is None):
-        _wrong("say the traffic with exactly one of --rps and --measured")
+        raise BadInput("say the traffic with exactly one of --rps and --measured")
     if measured is not None:
         from flows.wiring import connect
 
@@ -73,7 +67,7 @@ def plan(
     else:
         out.print("\n".join(planning.lines(made, traffic, parsed)), markup=False)
     if made.problems:
-        _wrong("\n".join(made.problems))
+        raise BadInput("\n".join(made.problems))
 
 
 @policy_app.command(epilog="Example: lockgate policy check flights.yaml")

@@ -165,19 +165,16 @@ def say_outcome(outcome: dict[str, Any], out: Console) -> None:
         out.print(f"report: {outcome['report']}", markup=False)
 
 
-def give_order(settings: Settings, model: str, what: str, reason: str) -> tuple[int, str]:
-    """Writes a person's order for the model's rollout under way; exit code and what the state is then."""
+def give_order(settings: Settings, model: str, what: str, reason: str) -> str:
+    """Writes a person's order for the model's rollout under way; what the state is then. Raises PortError."""
     from flows.orders import order
     from policies.rollout import Illegal
 
+    ports = connect(settings)
+    active = next(iter(ports.ledger.rollouts(model, active=True)), None)
+    if active is None:
+        raise BadInput(f"no rollout of '{model}' is under way")
     try:
-        ports = connect(settings)
-        active = next(iter(ports.ledger.rollouts(model, active=True)), None)
-        if active is None:
-            return USAGE, f"no rollout of '{model}' is under way"
-        state = order(ports, active, f"{settings.person}/{os.getpid()}", what, reason, settings.person)
+        return order(ports, active, f"{settings.person}/{os.getpid()}", what, reason, settings.person).label
     except Illegal as exc:
-        return USAGE, f"{what} makes no sense now: {exc}"
-    except PortError as exc:
-        return UNFINISHED, str(exc)
-    return DONE, state.label
+        raise BadInput(f"{what} makes no sense now: {exc}") from exc

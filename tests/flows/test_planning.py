@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from flows.cli import app
+from flows import cli
 from flows.planning import measure
 from policies.evidence import Counts
 from policies.policy import parse
@@ -27,6 +28,29 @@ rollout:
 """
 
 
+@dataclass(frozen=True)
+class Said:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+Lockgate = Callable[..., Said]
+
+
+@pytest.fixture
+def lockgate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lockgate:
+    """The command line, as the console script runs it."""
+
+    def run(*arguments: str) -> Said:
+        monkeypatch.setattr("sys.argv", ["lockgate", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Said(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture
 def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("LOCKGATE_HOME", str(tmp_path / "home"))
@@ -35,8 +59,8 @@ def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "p.yaml")
 
 
-def test_a_plan_that_can_see_what_it_guards_is_done(policy: str) -> None:
-    found = CliRunner().invoke(app, ["plan", policy, "--rps", "50", "--json"])
+def test_a_plan_that_can_see_what_it_guards_is_done(lockgate: Lockgate, policy: str) -> None:
+    found = lockgate("plan", policy, "--rps", "50", "--json")
     assert found.exit_code == 0
     body = json.loads(found.stdout)
     assert body["ok"]
@@ -44,35 +68,39 @@ def test_a_plan_that_can_see_what_it_guards_is_done(policy: str) -> None:
     assert [gate["gate"] for gate in body["stages"][1]["gates"]] == ["errors", "quality"]
 
 
-def test_a_blind_plan_is_refused_with_the_reason_and_what_would_mend_it(policy: str) -> None:
-    found = CliRunner().invoke(app, ["plan", policy, "--rps", "2"])
+def test_a_blind_plan_is_refused_with_the_reason_and_what_would_mend_it(lockgate: Lockgate, policy: str) -> None:
+    found = lockgate("plan", policy, "--rps", "2")
     assert found.exit_code == 2
     assert "'errors' can hardly rule out 1 points more in 10m" in found.stderr
     assert "What would mend it: `for: " in found.stderr
 
 
-def test_labels_that_lag_longer_than_the_rollout_are_a_problem_of_the_plan(policy: str) -> None:
-    found = CliRunner().invoke(app, ["plan", policy, "--rps", "500", "--label-lag", "3600"])
+def test_labels_that_lag_longer_than_the_rollout_are_a_problem_of_the_plan(lockgate: Lockgate, policy: str) -> None:
+    found = lockgate("plan", policy, "--rps", "500", "--label-lag", "3600")
     assert found.exit_code == 2
     assert "'quality' can hardly rule out a mean loss higher by 0.03" in found.stderr
 
 
-def test_a_delivery_is_refused_for_a_blind_plan_only_if_the_traffic_is_said(policy: str) -> None:
-    blind = CliRunner().invoke(app, ["deliver", "m", "--file", "x.onnx", "--policy", policy, "--rps", "1"])
+def test_a_delivery_is_refused_for_a_blind_plan_only_if_the_traffic_is_said(lockgate: Lockgate, policy: str) -> None:
+    blind = lockgate("deliver", "m", "--file", "x.onnx", "--policy", policy, "--rps", "1")
     assert blind.exit_code == 2
     assert "can hardly rule out" in blind.stderr
-    unknown = CliRunner().invoke(app, ["deliver", "m", "--file", "x.onnx", "--policy", policy])
+    unknown = lockgate("deliver", "m", "--file", "x.onnx", "--policy", policy)
     assert "can hardly rule out" not in unknown.stderr
 
 
 @pytest.mark.parametrize("given", [[], ["--rps", "5", "--measured", "m"]])
-def test_the_traffic_is_said_once(policy: str, given: list[str]) -> None:
-    assert CliRunner().invoke(app, ["plan", policy, *given]).exit_code == 2
+def test_the_traffic_is_said_once(lockgate: Lockgate, policy: str, given: list[str]) -> None:
+    found = lockgate("plan", policy, *given)
+    assert (found.exit_code, found.stderr) == (
+        2,
+        "lockgate: say the traffic with exactly one of --rps and --measured\n",
+    )
 
 
-def test_labels_are_stored_without_a_running_platform(policy: str, tmp_path: Path) -> None:
+def test_labels_are_stored_without_a_running_platform(lockgate: Lockgate, policy: str, tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("request_id,label\na,1\nb,0\n")
-    found = CliRunner().invoke(app, ["labels", "m", "l.csv", "--json"])
+    found = lockgate("labels", "m", "l.csv", "--json")
     assert json.loads(found.stdout) == {"model": "m", "labels": 2}
     assert len(list((tmp_path / "home").rglob("*.arrow"))) == 1
 
