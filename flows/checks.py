@@ -68,7 +68,7 @@ def run_checks(
     ports: Ports, policy: Policy, state: Rollout, preparation: Preparation, run: Runner
 ) -> Sequence[GateReport]:
     """All reports. The first kind of check that fails ends it: what is broken is not benchmarked."""
-    candidate = ports.registry.version(state.model, state.candidate)
+    candidate = replace(ports.registry.version(state.model, state.candidate), signed=state.signed)
     champion = ports.registry.version(state.model, state.stable) if state.stable else None
     bundle: Bundle = run(fetch, ports.registry, candidate, name=f"fetch v{candidate.version}")
     reports = [signature_report(candidate.signature, champion.signature if champion else None)]

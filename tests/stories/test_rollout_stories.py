@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flows.checks import Preparation, run_checks
 from flows.delivery import Delivery
 from flows.story import fold
 from flows.turn import BEGIN_S, _wait_turn, _Waiting, refuse_unsigned, start
@@ -18,10 +19,14 @@ from policies.policy import parse
 from policies.traffic import Route
 from policies.verdict import GateReport, Verdict
 from tasks.ports import ModelVersion, PortError, Refused, Signature, Submission
+from tasks.validation import check_answers
 from tests.fakes.inspector import MODEL as MODEL_FILE
 from tests.fakes.inspector import FakeInspector
 from tests.fakes.registry import FakeRegistry
-from tests.stories.world import MODEL, POLICY, World
+from tests.stories.world import MODEL, POLICY, World, directly
+
+KEY = "a2V5"
+PEM = f"-----BEGIN PUBLIC KEY-----\\n{KEY}\\n-----END PUBLIC KEY-----"
 
 
 def test_a_good_version_climbs_every_stage_and_ends_alone_with_the_alias() -> None:
@@ -317,9 +322,7 @@ def test_who_is_first_in_line_keeps_its_place_while_a_rollback_holds_the_model()
 
 
 def test_only_what_a_key_of_the_policy_has_signed_is_let_in_and_its_signature_goes_with_it(tmp_path: Path) -> None:
-    key = "a2V5"
-    pem = f"-----BEGIN PUBLIC KEY-----\\n{key}\\n-----END PUBLIC KEY-----"
-    signed = parse(POLICY + f'governance: {{signed_by: ["{pem}"]}}\n')
+    signed = parse(POLICY + f'governance: {{signed_by: ["{PEM}"]}}\n')
     registry = FakeRegistry(tmp_path / "registry")
     world = World()
     world.policy = signed
@@ -331,11 +334,31 @@ def test_only_what_a_key_of_the_policy_has_signed_is_let_in_and_its_signature_go
         refuse_unsigned(ports, signed, made)
     with pytest.raises(Refused, match="m v1: the signature is by none of the keys"):
         refuse_unsigned(ports, signed, replace(made, signed="other" + MODEL_FILE.decode()))
-    good = replace(world.registry.version(MODEL, "2"), signed=key + MODEL_FILE.decode())
+    good = replace(world.registry.version(MODEL, "2"), signed=KEY + MODEL_FILE.decode())
     refuse_unsigned(ports, signed, replace(made, signed=good.signed))
     refuse_unsigned(ports, parse(POLICY), made)
     assert start(world.ports, signed, good, Delivery(model=MODEL, source="x.onnx", policy=""), "r1") is None
     assert world.controller("r1").drive().phase is Phase.PROMOTED
     assert world.ledger.read("r1")[0].body["signed"] == good.signed
     assert world.target.deployed[-1].signed == good.signed
-    assert world.target.deployed[-1].signed_by == (key,)
+    assert world.target.deployed[-1].signed_by == (KEY,)
+
+
+def test_the_trial_s_server_verifies_the_signature_that_the_rollout_was_let_in_by(tmp_path: Path) -> None:
+    """Whatever the registry's tag says by then."""
+    world = World(first=True)
+    signed = world.policy = parse(POLICY + f'governance: {{signed_by: ["{PEM}"]}}\n')
+    ports = replace(world.ports, registry=FakeRegistry(tmp_path / "registry"))
+    onnx = tmp_path / "m.onnx"
+    onnx.write_bytes(MODEL_FILE)
+    made = ports.registry.register(Submission(MODEL, str(onnx)))
+    assert made.signed == ""
+    start(ports, signed, replace(made, signed="by the key"), Delivery(model=MODEL, source="x.onnx", policy=""), "r1")
+    state = fold(world.ledger.read("r1"))
+    assert state is not None
+
+    def run(task: Any, *args: Any, name: str = "") -> Any:
+        return [GateReport("quality", Verdict.FAIL, "seen enough")] if task is check_answers else directly(task, *args)
+
+    run_checks(ports, signed, state, Preparation(Submission(MODEL, str(onnx)), None), run)
+    assert [each.signed for each in world.target.deployed] == ["by the key"]
