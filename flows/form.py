@@ -17,9 +17,8 @@ from pydantic import Field, create_model
 
 from flows.approval import answer, page, stands
 from flows.deployments import POOL
-from flows.runs import client
 from flows.settings import Settings
-from flows.wiring import SystemClock, ledger
+from flows.wiring import SystemClock, ledger, prefect_client
 from policies.rollout import Illegal, Rollout
 from tasks.ports import Clock, Ledger, PortError
 
@@ -136,7 +135,7 @@ class PrefectForms:
         from prefect.states import Completed
 
         live = [kind for kind in StateType if kind not in TERMINAL_STATES]
-        with client() as server:
+        with prefect_client() as server:
             open_now = server.read_flow_runs(
                 flow_run_filter=FlowRunFilter(
                     tags=FlowRunFilterTags(all_=[FORM]), state=FlowRunFilterState(type=Types(any_=live))

@@ -23,8 +23,8 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 
 from flows.page import Seen, Shown, page, stages, title
 from flows.rollout import Progress
-from flows.runs import client
 from flows.story import run_of, share_done, target_of
+from flows.wiring import prefect_client
 from tasks.ports import Ledger
 
 _EVERY_S = 4.0
@@ -117,7 +117,7 @@ class Publisher:
         try:
             if newest is not self._published:
                 self._published = newest  # before it is: `link` may say meanwhile that there is more
-                with client(_TIMEOUT_S) as server:
+                with prefect_client(_TIMEOUT_S) as server:
                     self._publish(server, newest)
         except Exception as exc:  # noqa: BLE001 - as said above
             self._published = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -11,11 +11,10 @@ import psutil
 from flows.deployments import POOL
 from flows.settings import Settings
 from flows.triggers import REGISTRY, Seen, Wish, look
-from flows.wiring import connect
+from flows.wiring import connect, prefect_client
 from policies.triggers import Run
 from tasks.ports import PortError
 
-_TIMEOUT_S = 5.0
 _PAGE = 200  # of runs; the server gives no more at once
 
 
@@ -28,7 +27,7 @@ class PrefectRuns:
 
         mine = FlowRunFilter(tags=FlowRunFilterTags(any_=[_tag(wish) for wish in wishes]))
         found: list[Any] = []
-        with client() as server:
+        with prefect_client() as server:
             while page := server.read_flow_runs(
                 flow_run_filter=mine, sort=FlowRunSort.ID_DESC, limit=_PAGE, offset=len(found)
             ):
@@ -39,7 +38,7 @@ class PrefectRuns:
     def start(self, wish: Wish, number: int) -> None:
         from prefect.exceptions import ObjectNotFound
 
-        with client() as server:
+        with prefect_client() as server:
             try:
                 deployment = server.read_deployment_by_name("deliver/deliver")
             except ObjectNotFound as exc:
@@ -77,7 +76,7 @@ def cancelled(runs: Collection[str]) -> set[str]:
     if not runs:
         return set()
     states = FlowRunFilterState(type=Types(any_=[StateType.CANCELLING, StateType.CANCELLED]))
-    with client() as server:
+    with prefect_client() as server:
         found = server.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[*runs]), state=states))
     return {str(each.id) for each in found}
 
@@ -96,7 +95,7 @@ def end_dead() -> list[str]:
 
     ended = []
     under_way = FlowRunFilterState(type=Types(any_=[StateType.RUNNING, StateType.CANCELLING]))
-    with client() as server:
+    with prefect_client() as server:
         for each in server.read_flow_runs(
             flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[POOL]), state=under_way)
         ):
@@ -122,26 +121,3 @@ def _run(found: Any) -> Run:
     state = found.state
     ended = state.timestamp.timestamp() if state is not None and state.is_final() else None
     return Run(ended, state is not None and state.is_cancelled())
-
-
-@contextmanager
-def client(timeout_s: float | None = None) -> Iterator[Any]:
-    """A client of the server, which asks once: whoever needs it more asks again, and Prefect's own tries take minutes.
-
-    Raises PortError where there is no answer within `timeout_s` (else 5), a refusal, or not what was asked for.
-    """
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-
-    try:
-        with (
-            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),  # in this thread's context alone
-            get_client(httpx_settings={"timeout": timeout_s or _TIMEOUT_S}, sync_client=True) as client,
-        ):
-            yield client
-    except (httpx.HTTPError, PrefectHTTPStatusError) as exc:
-        raise PortError(f"the Prefect server does not answer: {exc}") from exc
-    except ObjectNotFound as exc:  # which says nothing itself
-        raise PortError(f"the Prefect server has it no more: {exc.http_exc}") from exc

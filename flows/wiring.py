@@ -8,9 +8,10 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from flows.settings import Settings
@@ -207,6 +208,13 @@ def herald(book: Ledger | None = None) -> Herald:
     from infra.herald_prefect import PrefectHerald
 
     return PrefectHerald(book)
+
+
+def prefect_client(timeout_s: float = 5.0) -> AbstractContextManager[Any]:
+    """A client of the Prefect server that this process has been pointed at, which asks once. Raises PortError."""
+    from infra.client_prefect import client
+
+    return client(timeout_s)
 
 
 def links(model: str, version: str) -> dict[str, str]:

@@ -7,12 +7,11 @@ not answer; the server takes an event's id, and a run's idempotency key, only on
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
 
-from tasks.ports import Ledger, NotThere, PortError
+from infra.client_prefect import client
+from tasks.ports import Ledger, NotThere
 from tasks.ports_monitor import Notice
 
 _TOLD = "lockgate_told"  # a Prefect variable: how far a ledger's events were told is known where they are told
@@ -45,26 +44,31 @@ class PrefectHerald:
             "related": [*related, *_flow_run(notice.flow_run)],
             "payload": dict(notice.payload),
         }
-        with _server(f"the event {notice.event} did not reach the Prefect server") as client:
-            client.request("POST", "/events", json=[body])
+        with client(_TIMEOUT_S, f"the event {notice.event} did not reach the Prefect server") as server:
+            server.request("POST", "/events", json=[body])
 
     def told_up_to(self) -> int | None:
-        with _server("what was told cannot be read") as client:
-            found = client.read_variable_by_name(self._told())
+        with client(_TIMEOUT_S, "what was told cannot be read") as server:
+            found = server.read_variable_by_name(self._told()) or server.read_variable_by_name(_TOLD)
         return found.value if found is not None and isinstance(found.value, int) else None
 
     def note_told(self, number: int) -> None:
         from prefect.client.schemas.actions import VariableCreate, VariableUpdate
 
         name = self._told()
-        with _server("what was told cannot be noted") as client:
-            if client.read_variable_by_name(name) is None:
-                client.create_variable(VariableCreate(name=name, value=number))
-            else:
-                client.update_variable(VariableUpdate(name=name, value=number))
+        with client(_TIMEOUT_S, "what was told cannot be noted") as server:
+            if server.read_variable_by_name(name) is not None:
+                server.update_variable(VariableUpdate(name=name, value=number))
+                return
+            server.create_variable(VariableCreate(name=name, value=number))
+            if name != _TOLD and server.read_variable_by_name(_TOLD) is not None:
+                server.delete_variable_by_name(_TOLD)  # it was this ledger's, and says nothing of another one
 
     def _told(self) -> str:
-        """The variable's name. Several ledgers may tell one server: each is known by how it began."""
+        """The variable's name. Several ledgers may tell one server: each is known by how it began.
+
+        One that holds nothing yet has no name of its own, and takes what was noted with it when it gets one.
+        """
         if self._ledger is None or self._variable:
             return self._variable or _TOLD
         names = self._ledger.rollouts()
@@ -76,38 +80,15 @@ class PrefectHerald:
     def start(self, key: str, deployment: str, parameters: Mapping[str, object]) -> str:
         from prefect.exceptions import ObjectNotFound
 
-        with _server(f"no run of '{deployment}' could be created") as client:
+        with client(_TIMEOUT_S, f"no run of '{deployment}' could be created") as server:
             try:
-                found = client.read_deployment_by_name(deployment)
+                found = server.read_deployment_by_name(deployment)
             except ObjectNotFound as exc:
                 raise NotThere(f"the Prefect server has no deployment '{deployment}'") from exc
-            run = client.create_flow_run_from_deployment(
+            run = server.create_flow_run_from_deployment(
                 found.id, parameters=dict(parameters), idempotency_key=str(uuid.uuid5(_NAMES, key))
             )
         return str(run.name)
-
-
-@contextmanager
-def _server(failed: str) -> Iterator[Any]:
-    """A client of the server, which asks once: the callers try again, and Prefect's own tries take minutes.
-
-    Where it cannot be had or says no, PortError with what has failed.
-    """
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-
-    try:
-        with (
-            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),  # in this thread's context alone
-            get_client(sync_client=True, httpx_settings={"timeout": _TIMEOUT_S}) as client,
-        ):
-            yield client
-    except (httpx.HTTPError, PrefectHTTPStatusError) as exc:
-        raise PortError(f"{failed}: {exc}") from exc
-    except (ObjectAlreadyExists, ObjectNotFound) as exc:  # which say nothing themselves
-        raise PortError(f"{failed}: {exc.http_exc}") from exc
 
 
 def _related(role: str, name: str, shown: str) -> dict[str, str]:

@@ -49,7 +49,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     def client(_timeout_s: float) -> Iterator[FakeServer]:
         yield made
 
-    monkeypatch.setattr(publish, "client", client)
+    monkeypatch.setattr(publish, "prefect_client", client)
     monkeypatch.setattr(publish, "_EVERY_S", 0.01)
     monkeypatch.setattr(publish, "_LAST_EVERY_S", 0.01)
     return made
@@ -111,7 +111,7 @@ def test_many_publishers_are_waited_for_together(monkeypatch: pytest.MonkeyPatch
         free.wait(WAIT_S)
         yield FakeServer()
 
-    monkeypatch.setattr(publish, "client", hangs)
+    monkeypatch.setattr(publish, "prefect_client", hangs)
     world = World()
     for name in ("r1", "r2", "r3", "r4", "r5", "r6"):
         world.drive(name)

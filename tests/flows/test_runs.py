@@ -11,13 +11,16 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
-from prefect.client.schemas.actions import VariableCreate
+from prefect.client.schemas.actions import VariableCreate, VariableUpdate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 
 from flows import runs
+from flows.relay import Relay
+from flows.wiring import prefect_client
 from infra import herald_prefect
 from tasks.ports import PortError
+from tasks.ports_monitor import Notice
 from tests.stories.world import World
 
 _TIMEOUT_S = 1.0
@@ -63,7 +66,7 @@ def test_a_server_that_hangs_is_waited_for_once(
 ) -> None:
     """Prefect's client would try six times, with longer and longer pauses: a takeover would wait for minutes."""
     monkeypatch.setattr(herald_prefect, "_TIMEOUT_S", _TIMEOUT_S)
-    monkeypatch.setattr(runs, "_TIMEOUT_S", _TIMEOUT_S)
+    monkeypatch.setattr(runs, "prefect_client", lambda: prefect_client(_TIMEOUT_S))
     since = time.monotonic()
     with temporary_settings({PREFECT_API_URL: hung}), pytest.raises(PortError, match="timed out"):
         ask()
@@ -71,7 +74,11 @@ def test_a_server_that_hangs_is_waited_for_once(
 
 
 def test_a_run_that_somebody_has_deleted_is_an_error_of_the_port(empty: str) -> None:
-    with temporary_settings({PREFECT_API_URL: empty}), pytest.raises(PortError, match="404"), runs.client() as server:
+    with (
+        temporary_settings({PREFECT_API_URL: empty}),
+        pytest.raises(PortError, match="404"),
+        prefect_client() as server,
+    ):
         server.set_flow_run_state("8a3c2b1e-0000-4000-8000-000000000000", Crashed(), force=True)
 
 
@@ -80,17 +87,34 @@ def test_a_variable_that_somebody_has_deleted_is_an_error_of_the_port(empty: str
         herald_prefect.PrefectHerald().note_told(7)
 
 
-def test_each_of_two_ledgers_that_tell_one_server_is_noted_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: dict[str, int] = {}
+class Variables:
+    """The part of Prefect's client that keeps how far was told."""
 
-    class Server:
-        def read_variable_by_name(self, name: str) -> SimpleNamespace | None:
-            return SimpleNamespace(value=kept[name]) if name in kept else None
+    def __init__(self) -> None:
+        self.kept: dict[str, int] = {}
 
-        def create_variable(self, made: VariableCreate) -> None:
-            kept[made.name] = made.value
+    def read_variable_by_name(self, name: str) -> SimpleNamespace | None:
+        return SimpleNamespace(value=self.kept[name]) if name in self.kept else None
 
-    monkeypatch.setattr(herald_prefect, "_server", lambda _failed: nullcontext(Server()))
+    def create_variable(self, made: VariableCreate) -> None:
+        self.kept[made.name] = made.value
+
+    def update_variable(self, made: VariableUpdate) -> None:
+        self.kept[made.name] = made.value
+
+    def delete_variable_by_name(self, name: str) -> None:
+        del self.kept[name]
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch) -> Variables:
+    made = Variables()
+    monkeypatch.setattr(herald_prefect, "client", lambda *_: nullcontext(made))
+    return made
+
+
+@pytest.mark.usefixtures("variables")
+def test_each_of_two_ledgers_that_tell_one_server_is_noted_for_itself() -> None:
     one, other, empty = World(), World(), World()
     one.drive()
     other.request("another")
@@ -100,3 +124,36 @@ def test_each_of_two_ledgers_that_tell_one_server_is_noted_for_itself(monkeypatc
     again = herald_prefect.PrefectHerald(one.ledger)
     one.drive("r2")
     assert again.told_up_to() == 7
+
+
+def test_what_comes_to_an_empty_ledger_is_told_once_whoever_tells_it(variables: Variables) -> None:
+    """The ledger's variable gets its name from the first entry; what was noted before goes with it."""
+
+    class Herald(herald_prefect.PrefectHerald):
+        def tell(self, notice: Notice) -> None:
+            told.append(notice.event)
+
+    told: list[str] = []
+    world = World()
+    Relay(world.ledger, Herald(world.ledger)).pass_on()  # the platform has started, and nothing has been delivered yet
+    world.drive()
+    Relay(world.ledger, Herald(world.ledger)).pass_on()  # after a restart
+    assert (told[0], told[-1]) == ("lockgate.rollout.started", "lockgate.rollout.promoted")
+    once = len(told)
+    Relay(world.ledger, Herald(world.ledger)).pass_on()
+    assert len(told) == once
+    assert list(variables.kept) == [f"lockgate_told_{world.ledger.read('r1')[0].hash[:12]}"]
+
+    other = World()
+    other.drive("long ago")  # elsewhere: its history is no news here
+    assert Herald(other.ledger).told_up_to() is None
+
+
+def test_how_far_an_older_installation_had_told_is_where_the_next_goes_on(variables: Variables) -> None:
+    world = World()
+    world.drive()
+    variables.kept["lockgate_told"] = 3
+    herald = herald_prefect.PrefectHerald(world.ledger)
+    assert herald.told_up_to() == 3
+    herald.note_told(5)
+    assert (herald.told_up_to(), len(variables.kept)) == (5, 1)
