@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# Log-spaced upper edges from 0.1 ms to 60 s, about 12 % apart: fine enough to resolve a 1.2x change of a quantile.
+# Log-spaced upper edges from 0.1 ms to 36 s, 12 % apart: fine enough to resolve a 1.2x change of a quantile.
 LATENCY_EDGES_MS: tuple[float, ...] = tuple(round(0.1 * 1.12**i, 4) for i in range(114))
 # Upper edges of the prediction histogram for scores in [0, 1]; anything beyond falls into the last bucket.
 SCORE_EDGES: tuple[float, ...] = tuple(round(i / 20, 2) for i in range(1, 20))

@@ -386,7 +386,15 @@ class Freeze(_Strict):
         return window(self.begins, self.ends, self.why)
 
 
-_PEM = re.compile(r"-----BEGIN PUBLIC KEY-----\s+(?:[A-Za-z0-9+/=]+\s+)+-----END PUBLIC KEY-----")
+_PEM = re.compile(r"-----BEGIN PUBLIC KEY-----\s+((?:[A-Za-z0-9+/=]+\s+)+)-----END PUBLIC KEY-----")
+
+
+def _base64_in(pem: str) -> str:
+    """What stands between PEM's marks; YAML may have made one line of it. Raises ValueError."""
+    found = _PEM.fullmatch(pem.strip())
+    if found is None:
+        raise ValueError("a public key stands between BEGIN PUBLIC KEY and END PUBLIC KEY, in base64 (PEM)")
+    return "".join(found[1].split())
 
 
 class Governance(_Strict):
@@ -402,14 +410,13 @@ class Governance(_Strict):
     @classmethod
     def _as_pem(cls, given: tuple[str, ...]) -> tuple[str, ...]:
         for key in given:
-            if not _PEM.fullmatch(key.strip()):
-                raise ValueError("a public key stands between BEGIN PUBLIC KEY and END PUBLIC KEY, in base64 (PEM)")
+            _base64_in(key)
         return given
 
     @property
     def public_keys(self) -> tuple[str, ...]:
         """In base64 (SubjectPublicKeyInfo), without PEM's lines around them."""
-        return tuple("".join(key.strip().splitlines()[1:-1]) for key in self.signed_by)
+        return tuple(_base64_in(key) for key in self.signed_by)
 
     @model_validator(mode="after")
     def _ends(self) -> Governance:
@@ -458,25 +465,38 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Policy.model_json_schema(by_alias=True)}
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, refusing a key given twice (it would silently keep the last)."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, refusing a key given twice (it would silently keep the last), and saying where a value
+    stands that looks like a time or a number and is none."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise PolicyError(f"line {key.start_mark.line + 1}: a key is a word, not a list or a mapping")
             if key.value in seen:
                 raise PolicyError(f"line {key.start_mark.line + 1}: '{key.value}' is given twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except PolicyError:
+            raise
+        except ValueError as exc:
+            raise PolicyError(f"line {node.start_mark.line + 1}: '{node.value}' cannot be read: {exc}") from exc
+
 
 def parse(text: str, source: str = "policy") -> Policy:
     """The policy written in YAML `text`. Raises `PolicyError` naming `source`, line, offending value and remedy."""
     try:
-        tree = yaml.compose(text, Loader=_UniqueKeys)
-        data = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader that also refuses duplicates
+        tree = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader that refuses even more
     except yaml.YAMLError as exc:
         raise PolicyError(f"{source}: not YAML: {' '.join(str(exc).split())}") from exc
+    except RecursionError as exc:
+        raise PolicyError(f"{source}: nested too deeply for a policy") from exc
     except PolicyError as exc:
         raise PolicyError(f"{source}, {exc}") from exc
     if not isinstance(data, dict):

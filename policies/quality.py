@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from policies.policy import Quality, Validate
-from policies.verdict import GateReport, Verdict
+from policies.verdict import GateReport, Verdict, worst
 
 Floats = NDArray[np.float64]
 
@@ -108,8 +108,8 @@ def quality(
         value = metric(rules.metric, y, a)
         says = f"{rules.metric} is {value:.4g} on {len(y)} rows; a first version has no baseline, and no minimum is set"
         return GateReport(gate, Verdict.PASS, says, estimate=value, n=len(y), unit=rules.metric)
-    order = [Verdict.PASS, Verdict.HOLD, Verdict.ERROR, Verdict.FAIL]
-    return max(reports, key=lambda report: order.index(report.verdict))
+    verdict = worst(report.verdict for report in reports)
+    return next(report for report in reports if report.verdict is verdict)
 
 
 def by_slice(

@@ -67,6 +67,22 @@ def test_a_key_given_twice_is_refused_instead_of_silently_keeping_the_last() -> 
     assert "line 9: 'policy' is given twice" in refused(SOUND + "\npolicy: other\n")
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            "governance: {freeze: [{from: 2026-02-30, to: 2026-03-01}]}",
+            "line 8: '2026-02-30' cannot be read: day is",
+        ),
+        ("watch: 0x_", "line 8: '0x_' cannot be read"),
+        ("? [a, b]\n: 1", "line 8: a key is a word, not a list or a mapping"),
+        ("x: " + 3000 * "[", "nested too deeply for a policy"),
+    ],
+)
+def test_what_yaml_itself_trips_over_is_a_sentence_too(more: str, says: str) -> None:
+    assert says in refused(SOUND + more + "\n")
+
+
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "policy: [unclosed"])
 def test_what_is_no_mapping_is_refused_in_one_sentence(text: str) -> None:
     told = refused(text)
@@ -125,5 +141,7 @@ def test_keys_are_read_from_pem_and_what_is_none_is_refused() -> None:
     found = parse(SOUND + "governance:\n  signed_by:\n    - |\n" + indented + "\n")
     assert found.governance.public_keys == ("MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=",)
     assert "  - Its bytes must be signed with the key." in explain(found)
+    folded = parse(SOUND + "governance:\n  signed_by:\n    - " + indented.lstrip() + "\n")  # YAML makes one line of it
+    assert folded.governance.public_keys == found.governance.public_keys
     told = refused(SOUND + "governance:\n  signed_by: [/etc/keys/release.pem]\n")
     assert "line 9: 'governance.signed_by': a public key stands between BEGIN PUBLIC KEY and END PUBLIC KEY" in told
