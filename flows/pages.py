@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from flows.lingering import linger
 from flows.orders import write
 from flows.rollout import Progress
 from policies.events import LOOKED_AT, Noted
@@ -66,6 +67,7 @@ class Pages:
             return
         self._queue.put(None)
         self._thread.join(wait_s)
+        linger(self._thread)
         with self._noting:  # what is being told is told before this returns
             left = list(self._unmade)
         for asked in left:

@@ -21,6 +21,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 
+from flows.lingering import linger
 from flows.page import Seen, Shown, page, stages, title
 from flows.rollout import Progress
 from flows.story import run_of, share_done, target_of
@@ -67,7 +68,7 @@ class Publisher:
         self._name, self._moved_by, self._passed_on = "", 0, 0
         self._artifacts: dict[str, UUID] = {}
         self._problem = ""
-        self._due, self._closing = threading.Event(), threading.Event()
+        self._due, self._closing, self._late = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="publish", daemon=True)
         self._thread.start()
 
@@ -91,9 +92,11 @@ class Publisher:
         self._due.set()
 
     def close(self, wait_s: float = _WAIT_S) -> None:
-        """Publishes how it stands at the end, for at most `wait_s` seconds."""
+        """Publishes how it stands at the end, for at most `wait_s` seconds; then the thread ends at its next answer."""
         self.end()
         self._thread.join(wait_s)
+        self._late.set()
+        linger(self._thread)
         problem = self._problem or (f"no answer in {wait_s:.0f} s" if self._thread.is_alive() else "")
         if problem:
             log.warning("the Prefect server was not told all; the ledger has it: %s", problem)
@@ -105,9 +108,8 @@ class Publisher:
             self._bring_up_to_date()
         for _ in range(_LAST_TRIES):
             self._bring_up_to_date()
-            if not self._problem:
+            if not self._problem or self._late.wait(_LAST_EVERY_S):
                 return
-            time.sleep(_LAST_EVERY_S)
 
     def _bring_up_to_date(self) -> None:
         """What fails is tried again, with whatever is newest then: whatever it is, as nobody restarts the thread."""
@@ -167,6 +169,8 @@ class Publisher:
 
     def _show(self, client: SyncPrefectClient, model: str, what: str, kind: str, data: Any, said: str) -> None:
         """One artifact of each kind for a rollout, rewritten; also where another process has made it."""
+        if self._late.is_set():
+            raise TimeoutError("nobody waits for it any more")
         key = artifact_key(model, what)
         known = self._artifacts.get(what) or self._made_before(client, key)
         if known is None:

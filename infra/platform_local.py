@@ -270,15 +270,20 @@ class LocalPlatform:
         return Part(name, [sys.executable, *command], env, self.home / "logs" / f"{name.lower()}.log", ready)
 
     def _prefect(self) -> Part:
+        env = {
+            "PREFECT_HOME": str(self.home / "prefect"),
+            "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{self.prefect_port}/api",
+            "PREFECT_API_DATABASE_CONNECTION_URL": databases(self.home, self.database).prefect,
+        }
+        if self.database is None:
+            # Each waiting run would be marked as late in a transaction of its own, all of them at once. On SQLite all
+            # but one fail, and are tried again 5 s later: with a hundred the server answers nobody for minutes.
+            env["PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED"] = "false"
         return self._part(
             "Prefect",
             ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.prefect_port)],
             _answers(f"http://127.0.0.1:{self.prefect_port}/api/health"),
-            {
-                "PREFECT_HOME": str(self.home / "prefect"),
-                "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{self.prefect_port}/api",
-                "PREFECT_API_DATABASE_CONNECTION_URL": databases(self.home, self.database).prefect,
-            },
+            env,
         )
 
     def _mlflow(self) -> Part:

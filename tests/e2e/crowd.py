@@ -23,7 +23,7 @@ import onnx
 
 from flows.story import fold
 from tests.e2e import toy
-from tests.e2e.running_platform import Clients, Platform, running_platform, wait_until
+from tests.e2e.running_platform import ABORTED, Clients, Platform, running_platform, wait_until
 
 POLICY = toy.POLICY.replace("patience: 60s", "patience: 300s").replace("slo: {latency_ms_p99: 500}, ", "")
 ENDS = {"promoted", "rolled_back", "refused"}
@@ -81,6 +81,7 @@ def story(platform: Platform, names: list[str]) -> tuple[dict[str, Any], list[st
     broken += [f"{name}: {count} rollouts" for name, count in rollouts.items() if count != 2]
     states = _states(platform, names)
     broken += [f"{count} flow runs {state}" for state, count in states.items() if state != "COMPLETED"]
+    broken += [f"{log}: {count} processes aborted" for log, count in platform.said(ABORTED).items()]
     return {
         "models": len(names),
         "first_s": round(first_s, 1),
@@ -89,7 +90,7 @@ def story(platform: Platform, names: list[str]) -> tuple[dict[str, Any], list[st
         "requests": answers,
         "failed": len(failed),
         "flow_runs": dict(states),
-        "said_locked": _said(platform, "database is locked"),
+        "said_locked": platform.said("database is locked"),  # what was said is not lost yet
     }, broken
 
 
@@ -114,12 +115,6 @@ def _states(platform: Platform, names: list[str]) -> Counter[str]:
 
     wait_until(lambda: not {"RUNNING", "PENDING", "SCHEDULED"} & {*states()}, 120, "every flow run has ended")
     return states()
-
-
-def _said(platform: Platform, words: str) -> dict[str, int]:
-    """By log, how often it has the words; what was said is not lost yet."""
-    counted = {log.name: log.read_text(errors="replace").count(words) for log in (platform.home / "logs").glob("*.log")}
-    return {name: count for name, count in counted.items() if count}
 
 
 def main() -> int:

@@ -23,6 +23,8 @@ import psutil
 from infra.databases_postgresql import databases
 from infra.ledger_sql import SqlLedger
 
+ABORTED = "FATAL: "  # how glibc begins the last words of a process that it ends
+
 
 @dataclass
 class Run:
@@ -71,6 +73,12 @@ class Platform:
         url = f"http://127.0.0.1:{self.ports['MLFLOW']}/api/2.0/mlflow/model-versions/search"
         return len(httpx.get(url, params={"filter": "name='toy'"}).json().get("model_versions", []))
 
+    def said(self, words: str) -> dict[str, int]:
+        """By log, how often it has the words."""
+        logs = (self.home / "logs").glob("*.log")
+        counted = {log.name: log.read_text(errors="replace").count(words) for log in logs}
+        return {name: count for name, count in counted.items() if count}
+
     def ledger(self) -> SqlLedger:
         """The platform's ledger; to be closed."""
         url = databases(self.home, self.env.get("LOCKGATE_DATABASE")).ledger
@@ -111,11 +119,11 @@ def processes() -> list[str]:
     return found
 
 
-def wait_until(holds: Callable[[], bool], seconds: float, what: str = "") -> None:
+def wait_until(holds: Callable[[], bool], seconds: float, what: str = "", every_s: float = 0.2) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.2)
+        time.sleep(every_s)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,3 +125,13 @@ def test_many_publishers_are_waited_for_together(monkeypatch: pytest.MonkeyPatch
     took = time.monotonic() - since
     free.set()
     assert 0.5 <= took < 1.5
+
+
+def test_a_process_ends_in_peace_while_its_publisher_still_works() -> None:
+    """Python kills what works at its end, and within pydantic's Rust code that aborts the process: Prefect then says
+    that a delivery crashed which had long been promoted."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.flows.ends_while_publishing"], capture_output=True, text=True, check=True
+    )
+    assert ended.stderr.count("was not told all") == 5, "they did not end before their publishers"
+    assert ended.stdout.split() == ["0"] * 5, ended.stderr
