@@ -42,7 +42,7 @@ def work() -> None:
 
 def end() -> None:
     """The caller's process is left as a delivery leaves its own whose Prefect server is slow."""
-    publish.client = lambda _timeout_s: nullcontext(FakeServer())  # type: ignore[assignment]
+    publish.prefect_client = lambda _timeout_s: nullcontext(FakeServer())  # type: ignore[assignment]
     publisher = publish.Publisher(None, "local", then=work)
     publisher(seen()[0])
     begun.wait()
