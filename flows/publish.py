@@ -106,9 +106,11 @@ class Publisher:
             self._due.wait(_EVERY_S)
             self._due.clear()
             self._bring_up_to_date()
-        for _ in range(_LAST_TRIES):
+        for tried in range(_LAST_TRIES):
+            if self._late.wait(_LAST_EVERY_S if tried else 0.0):
+                return
             self._bring_up_to_date()
-            if not self._problem or self._late.wait(_LAST_EVERY_S):
+            if not self._problem:
                 return
 
     def _bring_up_to_date(self) -> None:
