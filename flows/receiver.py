@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from flows.settings import Settings
 from flows.wiring import Doorkeeper, Unbelievable, announce, configure, hint_secret, located, subscribe
+from serving.log import say
 from tasks.ports import PortError
 
 _BODY_BYTES_MAX = 65_536
@@ -122,7 +123,7 @@ def application(doorkeeper: Doorkeeper, watcher: Watcher, metrics: Metrics) -> w
 
 
 def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)  # noqa: T201 - this is the process's log
+    say(f"{time.strftime('%H:%M:%S')} {line}")
 
 
 async def _serve(settings: Settings) -> None:

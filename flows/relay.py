@@ -19,6 +19,7 @@ from policies import audit
 from policies.events import KINDS, from_body
 from policies.rollout import Rollout, step
 from policies.transitions import transitions
+from serving.log import say
 from tasks.ports import Ledger
 from tasks.ports_monitor import Herald, Notice
 
@@ -145,6 +146,6 @@ def keep_relaying(relay: Callable[[], Relay], every_s: float = _EVERY_S) -> NoRe
         except Exception as exc:  # noqa: BLE001 - this is a thread that nobody restarts
             said = f"{type(exc).__name__}: {exc}"
             if said != last:
-                print(f"events are told later: {said}", flush=True)  # noqa: T201 - this is the process's log
+                say(f"events are told later: {said}")
             last = said
         time.sleep(every_s)

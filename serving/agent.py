@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -44,8 +45,9 @@ def lock_home(home: Path) -> int:
         pid = os.read(descriptor, 20).decode(errors="replace").strip()
         os.close(descriptor)
         raise StartError(f"another agent (pid {pid}) already runs on {home}; stop it or choose another --home") from exc
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, and does not tell whose it is
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
     return descriptor
 
 

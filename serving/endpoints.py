@@ -10,7 +10,6 @@ import os
 import traceback
 import zlib
 from collections.abc import Callable
-from sys import stderr
 from time import perf_counter
 from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
@@ -33,6 +32,7 @@ from serving.errors import (
     TooSlow,
     WrongMethod,
 )
+from serving.log import complain
 from serving.metrics import Metrics
 from serving.openapi import document
 from serving.protocol import JSON, Call, Identity, InferenceProtocol
@@ -182,7 +182,7 @@ class Endpoints:
 
     def _broken(self, exchange: Exchange) -> int:
         """A fault of ours: said on stderr, answered with 500."""
-        stderr.write(traceback.format_exc())
+        complain(traceback.format_exc())
         if not exchange.finished:
             exchange.reply(500, self._plain.error("the server itself failed on this request"), JSON)
         return 500

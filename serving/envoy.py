@@ -64,6 +64,14 @@ def check_port(host: str, port: int) -> None:
             ) from exc
 
 
+def _keep(path: Path, data: bytes) -> None:
+    """The file holds the data; one that does already is left alone, whatever the disk. Raises NotDurable."""
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == data:
+            return
+    write_whole(path, data)
+
+
 class Envoy:
     """The gateway's process and its configuration."""
 
@@ -150,7 +158,7 @@ class Envoy:
     def _write(self, kind: str, resources: _Resources) -> None:
         self._confirmed.pop(kind, None)
         version = gateway.content_version(resources)
-        write_whole(self._folder / kind / f"{kind}.json", gateway.discovery(resources, version))
+        _keep(self._folder / kind / f"{kind}.json", gateway.discovery(resources, version))
         self._written[kind] = version
 
     async def _in_force(self) -> dict[str, str]:
@@ -169,7 +177,7 @@ class Envoy:
             return await answer.text()
 
     def _start(self) -> None:
-        write_whole(self._folder / "bootstrap.json", json.dumps(self._bootstrap, indent=1).encode())
+        _keep(self._folder / "bootstrap.json", json.dumps(self._bootstrap, indent=1).encode())
         self._admin.unlink(missing_ok=True)
         command = [str(binary()), "-c", str(self._folder / "bootstrap.json"), "--concurrency", str(self._threads)]
         command += ["--disable-hot-restart", "--log-level", "warning"]
@@ -211,7 +219,7 @@ class Envoy:
                 self._start()
                 await self._until_ready()
                 self._tell("gateway-ready", "the gateway is in service again")
-            except StartError as exc:
+            except (StartError, AgentError) as exc:
                 failures += 1
                 _log.error("%s", exc)
                 if self.process is not None and not self.process.exited.is_set():

@@ -1,4 +1,4 @@
-"""What can go wrong in the model server, as one tree. Inner errors know nothing of HTTP: `serving.answers` maps them.
+"""What can go wrong in the model server, as one tree. Inner errors know nothing of HTTP: `endpoints.py` maps them.
 
 ServingError
 ├── CannotServe      the process must not start: the file, its bytes, the model or the address is not what was asked

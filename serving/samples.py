@@ -7,7 +7,6 @@ delays or fails a request: what cannot be kept is dropped and counted.
 
 from __future__ import annotations
 
-import sys
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.log import complain
 from serving.metrics import Metrics
 from serving.model import Feeds
 from serving.tensors import Array, Tensor
@@ -174,7 +174,7 @@ class Samples:
         except Exception as exc:  # noqa: BLE001 - sampling must never take the server down
             self._metrics.samples_dropped += count
             if not self._complained:
-                sys.stderr.write(f"samples are not kept: {type(exc).__name__}: {exc}\n")
+                complain(f"samples are not kept: {type(exc).__name__}: {exc}")
                 self._complained = True
         full.clear()
 

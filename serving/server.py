@@ -22,6 +22,7 @@ from serving.connection import Host
 from serving.endpoints import Endpoints
 from serving.errors import CannotServe
 from serving.listening import closed_first, free
+from serving.log import complain, say
 from serving.metrics import Metrics
 from serving.model import Model, Signature
 from serving.protocol import Identity
@@ -65,7 +66,7 @@ class Server:
         self.metrics.ready = True
         took_ms = (time.perf_counter() - started) * 1000
         who = f"{self._settings.model} version {self._settings.version}"
-        _say(f"serving {who} at {self.address(listener)} (ready in {took_ms:.0f} ms)")
+        say(f"serving {who} at {self.address(listener)} (ready in {took_ms:.0f} ms)")
         sweeper = self._loop.create_task(self._sweep())
         await self._leave.wait()
         code = await self._drain(listener)
@@ -128,7 +129,7 @@ class Server:
         if settings.uds is not None:
             settings.uds.unlink(missing_ok=True)
         if cut_off:
-            sys.stderr.write(f"{cut_off} connections were cut off after {settings.drain_s:g} s of draining\n")
+            complain(f"{cut_off} connections were cut off after {settings.drain_s:g} s of draining")
             return 4
         return 0
 
@@ -150,11 +151,6 @@ def predictor_for(signature: Signature, output: str | None, column: int) -> Pred
     return Predictor(None)
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
 def serve(settings: Settings) -> int:
     """Loads and serves; the exit code."""
     started = time.perf_counter()
@@ -165,7 +161,7 @@ def serve(settings: Settings) -> int:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(settings, model, started))
     except CannotServe as exc:
-        sys.stderr.write(f"{exc}\n")
+        complain(str(exc))
         return 3
 
 
@@ -180,6 +176,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
     # A model that hangs in the worker thread must not keep the process: what was accepted is answered or given up.
     os._exit(code)

@@ -19,12 +19,14 @@ import selectors
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from serving.errors import CannotServe
 from serving.listening import free
+from serving.log import complain, say
 
 _LINE_MAX = 65_536
 _EXITS_MAX = 256
@@ -123,10 +125,12 @@ class _Nursery:
         if not isinstance(argv, list) or not all(isinstance(word, str) for word in argv) or not isinstance(log, str):
             return {"error": "'argv' must be a list of strings and 'log' a file name"}
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        pid = os.fork()
-        if pid == 0:
-            self._become_server(argv, output)
-        os.close(output)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._become_server(argv, output)
+        finally:
+            os.close(output)
         return {"pid": pid}
 
     def _become_server(self, argv: list[str], output: int) -> NoReturn:
@@ -145,9 +149,9 @@ class _Nursery:
             code = main(argv)
         except SystemExit as exc:  # argparse: wrong usage
             code = exc.code if isinstance(exc.code, int) else 2
+        except BaseException:  # noqa: BLE001 - nothing of the child may go back into the zygote's loop
+            complain(traceback.format_exc())
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(code)
 
 
@@ -187,12 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.umask(before)
         listener.listen(64)
     except OSError as exc:
-        sys.stderr.write(f"cannot listen on {given.uds}: {exc.strerror or exc}\n")
+        complain(f"cannot listen on {given.uds}: {exc.strerror or exc}")
         return 3
     gc.collect()
     gc.freeze()  # the collector would write into every shared page
-    sys.stdout.write(f"zygote at unix:{given.uds}\n")
-    sys.stdout.flush()
+    say(f"zygote at unix:{given.uds}")
     _Nursery(listener).run()
     given.uds.unlink(missing_ok=True)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -117,6 +118,36 @@ def test_servers_are_forked_adopted_after_the_agent_s_death_and_end_with_a_clean
     agent.process.terminate()
     assert agent.process.wait(30) == 0
     assert agent.children() == []
+
+
+def test_on_a_full_disk_what_dies_comes_back_the_agent_too(agent: RunningAgent) -> None:
+    path = agent.folder / "1.onnx"
+    digest = models.score(path)
+    agent.client.deploy("m", "1", path, digest)
+    until(lambda: agent.version("1")["state"] == "ready", "it is ready")
+    agent.route("1", epoch=1)
+    for pid in agent.children():
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # no file may grow
+    gateway, killed = agent.client.status()["gateway"]["pid"], agent.version("1")["replicas"][0]["pid"]
+    agent.kill()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # the agent inherits it, and its children from it
+    try:
+        agent.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert agent.client.status()["gateway"]["pid"] == gateway, "it serves on"
+    assert agent.version("1")["replicas"][0]["pid"] == killed
+    assert infer(agent, 5) == ["1"] * 5
+    os.kill(gateway, signal.SIGKILL)
+    agent.kill_server("1")
+
+    def replaced() -> bool:
+        found = agent.client.status()["gateway"]
+        return bool(found["ready"] and found["pid"] != gateway)
+
+    until(replaced, "the gateway is back")
+    assert infer(agent, 5) == ["1"] * 5
 
 
 def test_without_the_zygote_servers_start_all_the_same(agent: RunningAgent) -> None:

@@ -141,14 +141,14 @@ def test_the_oldest_files_go_when_the_disk_bound_is_reached(tmp_path: Path) -> N
     assert 1 < len(left) < 20
 
 
-def test_a_full_disk_costs_samples_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_costs_samples_and_nothing_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("where the folder should be")
     samples, metrics = sampler(tmp_path / "file")
     for at in range(3):
         samples.keep([f"r{at}"], [1], feeds(1), np.zeros(1), 200)
         samples.write()
     assert (metrics.samples, metrics.samples_dropped) == (0, 3)
-    assert capsys.readouterr().err.count("samples are not kept") == 1
+    assert capfd.readouterr().err.count("samples are not kept") == 1
 
 
 def test_an_input_of_free_or_huge_width_is_left_out(tmp_path: Path) -> None:

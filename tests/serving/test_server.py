@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import httpx
 import pyarrow as pa
 import pytest
 
+from serving.processes import listening_on
 from tests.serving import models
 from tests.serving.running_server import ROOT, running, wait_for
 
@@ -160,3 +162,32 @@ def test_sampled_rows_are_on_disk_after_the_drain(tmp_path: Path) -> None:
     assert [row["in.f.0"] for row in rows] == [0, 0, 1, -1, 2, -2, 3, -3, 4, -4]
     assert all(abs(row["prediction"] - 1 / (1 + 2.718281828 ** -row["in.f.0"])) < 1e-6 for row in rows)
     assert {row["status"] for row in rows} == {200}
+
+
+def test_on_a_full_disk_it_starts_serves_and_keeps_samples_again_once_there_is_room(tmp_path: Path) -> None:
+    """Its output is a log on the same disk: what it would say there is lost, and nothing else."""
+    models.score(tmp_path / "m.onnx")
+    samples, uds = tmp_path / "samples", tmp_path / "s.sock"
+    command = [sys.executable, "-m", "serving.server", "--model", "m", "--path", str(tmp_path / "m.onnx")]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(
+            [*command, "--uds", str(uds), "--samples", str(samples)], cwd=ROOT, stdout=full, stderr=full
+        )
+    try:
+        wait_for(lambda: listening_on(uds) or process.poll() is not None, 30.0)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(uds)), base_url="http://here") as client:
+            assert infer(client, "f", "FP32", [[0, 0, 0, 0]]).status_code == 200
+            wait_for(lambda: list(samples.glob("*.arrow")) != [])
+            shutil.rmtree(samples)
+            samples.write_text("no room for a file")
+            assert infer(client, "f", "FP32", [[0, 0, 0, 0]]).status_code == 200
+            wait_for(lambda: 'samples_dropped_total{model="m",version="1"} 1' in client.get("/metrics").text)
+            samples.unlink()
+            samples.mkdir()
+            assert infer(client, "f", "FP32", [[0, 0, 0, 0]]).status_code == 200
+            wait_for(lambda: list(samples.glob("*.arrow")) != [])
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()

@@ -168,7 +168,7 @@ def test_a_relay_that_begins_while_prefect_is_down_tells_all_that_it_has_missed(
     assert herald.up_to == world.ledger.head().number
 
 
-def test_no_error_ends_the_relay(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_error_ends_the_relay(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a thread that nobody restarts."""
     world, herald = World(), FakeHerald()
     herald.up_to = 0
@@ -189,7 +189,7 @@ def test_no_error_ends_the_relay(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr("flows.relay.time.sleep", ends)
     with pytest.raises(SystemExit):
         keep_relaying(lambda: Relay(world.ledger, herald))
-    assert "events are told later: KeyError: " in capsys.readouterr().out
+    assert "events are told later: KeyError: " in capfd.readouterr().out
 
 
 def test_history_is_no_news_but_a_rollout_under_way_is() -> None:
