@@ -87,7 +87,6 @@ def _parse(arguments: Sequence[str] | None) -> AgentSettings:
     parser.add_argument("--gateway-threads", type=int, default=1)
     parser.add_argument("--request-timeout-s", type=float, default=defaults.request_timeout_s)
     parser.add_argument("--attempt-timeout-s", type=float, default=defaults.attempt_timeout_s)
-    parser.add_argument("--shadow-timeout-s", type=float, default=defaults.shadow_timeout_s)
     parser.add_argument("--requests-max", type=int, default=defaults.requests_max, help="under way on one version")
     parser.add_argument("--access-log", action="store_true", help="a line of JSON per request in HOME/logs/access.log")
     parser.add_argument("--server-command", default=None, help="instead of `python -m serving.server`")
@@ -99,7 +98,6 @@ def _parse(arguments: Sequence[str] | None) -> AgentSettings:
         port=given.gateway_port,
         request_timeout_s=given.request_timeout_s,
         attempt_timeout_s=given.attempt_timeout_s,
-        shadow_timeout_s=given.shadow_timeout_s,
         requests_max=given.requests_max,
         access_log=str(home / "logs" / "access.log") if given.access_log else None,
     )

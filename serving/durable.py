@@ -21,7 +21,7 @@ from typing import Any
 
 from serving.agent_errors import BadRequest, NotDurable
 
-_NUMBERS = count(1)  # of files written aside: several may wait for a slow disk
+_NUMBERS = count(1)  # of files written aside: several may wait for a slow disk, or be copied at once
 EVENTS_KEPT = 1000
 UNUSED_MODELS_KEPT = 10
 
@@ -131,6 +131,8 @@ class ModelStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.part"):  # by an agent that was killed while it copied
+            left.unlink(missing_ok=True)
 
     def path(self, digest: str) -> Path:
         """Where bytes of this digest are, or would be."""
@@ -139,12 +141,14 @@ class ModelStore:
     def add(self, source: Path, digest: str) -> Path:
         """The stored copy, its digest checked. Blocks; raises BadRequest for a missing file or other bytes, NotDurable.
 
-        Bytes that are already here need no source.
+        Bytes that are already here need no source. The same bytes may be added by several at once.
         """
         kept = self.path(digest)
         if kept.exists() and _sha256(kept) == digest:
+            with contextlib.suppress(OSError):
+                kept.touch()  # of those that no version has, the newest are kept: these are about to be used
             return kept
-        aside = kept.with_suffix(f".{os.getpid()}.part")
+        aside = kept.with_suffix(f".{next(_NUMBERS)}.part")
         try:
             shutil.copyfile(source, aside)
             with aside.open("rb+") as file:

@@ -31,6 +31,7 @@ from urllib.parse import quote, urlsplit
 import orjson
 
 from policies.evidence import LATENCY_EDGES_MS
+from policies.traffic import TIMEOUT_S_MAX
 from serving import gateway_rescue
 from serving.gateway_rescue import TYPE
 
@@ -46,8 +47,8 @@ Json = dict[str, Any]
 class GatewaySettings:
     """What holds for all models. Durations in seconds, sizes in bytes.
 
-    `attempt_timeout_s` bounds one attempt (then the stable version is asked), `request_timeout_s` the whole request (a
-    route may say otherwise), `shadow_timeout_s` a copy. What takes longer than `LATENCY_EDGES_MS[-1]` could not be
+    `attempt_timeout_s` bounds one attempt (then the stable version is asked) and a copy, `request_timeout_s` the whole
+    request; a route may say otherwise. What takes longer than `LATENCY_EDGES_MS[-1]` could not be
     counted by its latency. A body beyond `body_bytes_max` is refused with 413: it could not be sent a second time.
     A version that has `requests_max` under way gets no more: 503, at once.
     """
@@ -56,7 +57,6 @@ class GatewaySettings:
     port: int = 8080
     request_timeout_s: float = 15.0
     attempt_timeout_s: float = 5.0
-    shadow_timeout_s: float = 2.0
     body_bytes_max: int = 32 * 1024 * 1024  # the model server's own default
     requests_max: int = 10_000
     shadow_requests_max: int = 256
@@ -66,11 +66,13 @@ class GatewaySettings:
 
 @dataclass(frozen=True)
 class Backend:
-    """One version of a model and where its ready replicas listen: `unix:/path` or `http://host:port`."""
+    """One version of a model and where its replicas listen: `unix:/path` or `http://host:port`. `attempt_s` is how
+    long a copy is waited for, as long as for an attempt on the model's route; None: as the gateway's settings say."""
 
     model: str
     version: str
     endpoints: tuple[str, ...]
+    attempt_s: float | None = None
 
 
 def cluster_name(role: str, model: str, version: str) -> str:
@@ -116,8 +118,8 @@ def discovery(resources: list[Json], version: str) -> bytes:
 def cluster_resources(backends: Iterable[Backend], settings: GatewaySettings) -> list[Json]:
     """The clusters of all deployed versions, and an arm for each of them with each as the stable version.
 
-    They do not depend on the routes, so a change of traffic touches only the route table, no statistics begin anew
-    within a rollout, and requests that are under way on a former route find their second attempt.
+    Of the routes they depend on the time-outs alone, so a change of traffic touches only the route table, no statistics
+    begin anew within a rollout, and requests that are under way on a former route find their second attempt.
     """
     found: dict[str, Json] = {}
     versions: dict[str, list[str]] = {}
@@ -143,7 +145,8 @@ def _cluster(role: str, backend: Backend, settings: GatewaySettings) -> Json:
         # A dying process closes its listener first and its connections later: a new connection never meets a dead one.
         http["common_http_protocol_options"]["max_requests_per_connection"] = 1
     if role == "shadow":
-        http["common_http_protocol_options"]["max_stream_duration"] = duration(settings.shadow_timeout_s)
+        waited_s = settings.attempt_timeout_s if backend.attempt_s is None else backend.attempt_s
+        http["common_http_protocol_options"]["max_stream_duration"] = duration(waited_s)
     addresses = [gateway_rescue.endpoint()] if role == "rescue" else [_address(url) for url in backend.endpoints]
     endpoints = [_endpoint(address, backend.version) for address in addresses]
     return {
@@ -226,7 +229,8 @@ def _arm(name: str, model: str, version: str, stable: str) -> Json:
 def bootstrap(settings: GatewaySettings, folder: PurePath) -> Json:
     """What Envoy is started with. It reads `folder`/clusters/clusters.json and `folder`/routes/routes.json, and again
     whenever a file is renamed into those folders. Its admin interface, which could end it, is a socket in `folder`."""
-    rescue = gateway_rescue.listeners(duration(settings.attempt_timeout_s), settings.body_bytes_max)
+    longest_s = max(settings.attempt_timeout_s, TIMEOUT_S_MAX / 2)  # of all routes' attempts; each bounds its own
+    rescue = gateway_rescue.listeners(duration(longest_s), settings.body_bytes_max)
     return {
         "node": {"id": "lockgate", "cluster": "lockgate"},
         "admin": {"address": {"pipe": {"path": str(folder / ADMIN_SOCKET), "mode": 0o600}}},

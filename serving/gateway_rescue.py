@@ -62,7 +62,8 @@ def cluster(breakers: Json, body_bytes_max: int) -> Json:
 
 
 def listeners(attempt_timeout: str, body_bytes_max: int) -> list[Json]:
-    """Both. What they forward is unchanged; `attempt_timeout` (as Envoy writes it) bounds all tries together."""
+    """Both. What they forward is unchanged; `attempt_timeout` (as Envoy writes it) bounds all tries together, where the
+    route that sends them does not end them earlier."""
     once_more = {
         "retry_on": "retriable-headers",
         "retriable_headers": [{"name": DIED, "present_match": True}],

@@ -148,12 +148,12 @@ def _action(route: Route, settings: GatewaySettings) -> Json:
 def _headers(route: Route, alone: str, settings: GatewaySettings) -> list[Json]:
     """Whom second attempts reach: the stable version, or whoever answers alone; and how long an attempt is waited for,
     unless the client says itself how long it waits: a server runs nothing that nobody waits for any more."""
-    wait = {"key": WAIT_HEADER, "value": str(round(_times_s(route, settings)[1] * 1000))}
+    wait = {"key": WAIT_HEADER, "value": str(round(times_s(route, settings)[1] * 1000))}
     again = gateway_rescue.mark(cluster_name("again", route.model, route.stable or alone))
     return [again, {"header": wait, "append_action": "ADD_IF_ABSENT"}]
 
 
-def _times_s(route: Route, settings: GatewaySettings) -> tuple[float, float]:
+def times_s(route: Route, settings: GatewaySettings) -> tuple[float, float]:
     """How long the whole request and one attempt may take. The route's own time-out leaves both attempts the same."""
     if route.timeout_s is not None:
         return route.timeout_s, route.timeout_s / 2
@@ -172,7 +172,7 @@ def _ruled(route: Route, version: str, settings: GatewaySettings) -> Json:
 
 def _asked(route: Route, weighted: list[Json], settings: GatewaySettings) -> Json:
     """One of the clusters is asked, by the hash of whose request it is, and then the stable version."""
-    whole_s, attempt_s = _times_s(route, settings)
+    whole_s, attempt_s = times_s(route, settings)
     key = (
         {"header": {"header_name": route.key.name}}
         if route.key.kind == "header"

@@ -362,11 +362,13 @@ class Agent:
             self._warned.clear()
 
     def _clusters(self) -> list[dict[str, Any]]:
+        settings = self.settings.gateway
+        waits = {model: gateway_routes.times_s(held.route, settings)[1] for model, held in self._held.items()}
         backends = [
-            gateway.Backend(model, version, tuple(replica.endpoint for replica in runner.replicas))
+            gateway.Backend(model, version, tuple(replica.endpoint for replica in runner.replicas), waits.get(model))
             for (model, version), runner in self._runners.items()
         ]
-        return gateway.cluster_resources(backends, self.settings.gateway)
+        return gateway.cluster_resources(backends, settings)
 
     def _routes(self) -> list[dict[str, Any]]:
         return gateway_routes.route_resources([held.route for held in self._held.values()], self.settings.gateway)

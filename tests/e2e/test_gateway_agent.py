@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[RunningAgent]:
-    running = RunningAgent(tmp_path, "--attempt-timeout-s", "0.5", "--shadow-timeout-s", "0.5")
+    running = RunningAgent(tmp_path, "--attempt-timeout-s", "0.5")
     try:
         yield running.start()
     finally:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[RunningAgent]:
-    running = RunningAgent(tmp_path, "--attempt-timeout-s", "0.3", "--shadow-timeout-s", "0.3")
+    running = RunningAgent(tmp_path, "--attempt-timeout-s", "0.3")
     try:
         yield running.start()
     finally:
@@ -70,6 +70,21 @@ def test_a_shadow_s_failures_count_as_the_shadow_s_and_nowhere_else(
     assert telemetry.counts("m", "2", "live").requests == 0
     live = telemetry.counts("m", "1", "live")
     assert (live.requests, live.errors) == (30, 0)
+
+
+def test_a_route_s_own_time_out_holds_for_second_attempts_and_for_copies_too(
+    agent: RunningAgent, telemetry: EnvoyCounts
+) -> None:
+    """Both versions take longer than the gateway's own time-out; the route gives them time enough."""
+    agent.deploy("1", mode="slow", slow_s=0.8)
+    agent.deploy("2", mode="slow", slow_s=0.8)
+    agent.deploy("3", mode="error")
+    agent.route("1", "2", shadow=100, epoch=1, timeout_s=10.0)
+    assert agent.ask_many(3) == {(200, "1"): 3}
+    shadow = settled(telemetry, "2", "shadow", 3)
+    assert (shadow.requests, shadow.errors) == (3, 0)
+    agent.route("1", "3", weight=99, epoch=2, timeout_s=10.0)
+    assert agent.ask_many(3, keys=True) == {(200, "1"): 3}
 
 
 def test_with_all_traffic_on_the_candidate_the_copies_go_to_the_stable_version(

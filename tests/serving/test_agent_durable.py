@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,40 @@ def test_the_store_keeps_all_used_bytes_and_a_few_more(tmp_path: Path) -> None:
     store.prune(digests[:3])
     assert len(list((tmp_path / "models").iterdir())) == UNUSED_MODELS_KEPT + 3
     assert all(store.path(digest).exists() for digest in digests[:3])
+
+
+def test_the_same_bytes_may_come_twice_at_once(tmp_path: Path) -> None:
+    """Two models, or a trial and its version, may be made of the same bytes."""
+    source, data = tmp_path / "m.onnx", bytes(2**22)
+    source.write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    for turn in range(5):
+        store = ModelStore(tmp_path / f"models-{turn}")
+        with ThreadPoolExecutor(4) as pool:
+            kept = [adding.result() for adding in [pool.submit(store.add, source, digest) for _ in range(8)]]
+        assert [path.read_bytes() == data for path in kept] == [True] * 8
+        assert [path.name for path in kept[0].parent.iterdir()] == [kept[0].name]
+
+
+def test_what_a_killed_agent_left_half_copied_is_gone_at_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / "0.1.part").write_bytes(b"half of it")
+    ModelStore(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_that_are_asked_for_again_are_not_the_next_to_go(tmp_path: Path) -> None:
+    """A rollback to an old version may wait for them while another version leaves."""
+    store = ModelStore(tmp_path)
+    digests = []
+    for number in range(UNUSED_MODELS_KEPT + 1):
+        source = tmp_path / "m"
+        source.write_bytes(bytes([number]))
+        digests.append(hashlib.sha256(bytes([number])).hexdigest())
+        os.utime(store.add(source, digests[-1]), (number, number))
+    kept = store.add(source, digests[0])
+    store.prune([])
+    assert kept.exists()
+    assert not store.path(digests[1]).exists()
 
 
 def test_events_are_numbered_through_restarts_and_bounded(tmp_path: Path) -> None:
