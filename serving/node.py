@@ -121,11 +121,10 @@ class Agent:
         Raises Conflict for other bytes or settings under the same name, BadRequest, NotDurable.
         """
         _check_names(spec)
-        leaving = self._leaving.get((spec.model, spec.version))
-        if leaving is not None:  # its former processes still drain, and have its sockets
-            await asyncio.shield(leaving)
+        await self._has_left(spec)
         await asyncio.to_thread(self._store.add, source, spec.digest)  # may take long, so before the lock: leases go on
         async with self._versions:
+            await self._has_left(spec)  # it may have been told to go meanwhile
             runner = self._runners.get((spec.model, spec.version))
             if runner is not None:
                 if runner.spec.digest != spec.digest:
@@ -148,6 +147,12 @@ class Agent:
                 raise
             runner.begin({})
             await self._apply()
+
+    async def _has_left(self, spec: VersionSpec) -> None:
+        """The version's former processes, if they drain, are gone: they have its sockets."""
+        leaving = self._leaving.get((spec.model, spec.version))
+        if leaving is not None:
+            await asyncio.shield(leaving)
 
     async def undeploy(self, model: str, version: str) -> None:
         """Drained and gone. Idempotent. Raises Conflict while the route sends it traffic."""

@@ -209,6 +209,39 @@ def test_an_older_content_that_comes_late_does_not_replace_a_newer_one(tmp_path:
     assert (tmp_path / "state.json").read_bytes() == b"newer"
 
 
+def test_a_version_that_is_asked_for_while_it_leaves_begins_once_it_has_left(
+    agent: node.Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the sockets of the one before it, which takes them away when it ends."""
+    order, copied = [], threading.Event()
+
+    async def stop() -> None:
+        await asyncio.sleep(0.2)
+        order.append("left")
+
+    def new(spec: VersionSpec) -> Any:
+        made = SimpleNamespace(spec=spec, replicas=[], samples=Path("none"), begin=lambda _: order.append("began"))
+        agent._runners[spec.model, spec.version] = made  # type: ignore[assignment]
+        return made
+
+    monkeypatch.setattr(agent._runners["m", "2"], "stop", stop)
+    monkeypatch.setattr(agent, "_new_runner", new)
+    monkeypatch.setattr(agent._store, "add", lambda *_: copied.wait(10.0))
+
+    async def go() -> None:
+        await agent.set_route(Route("m", "1", epoch=1))
+        again = asyncio.create_task(agent.deploy(VersionSpec("m", "2", "1" * 64), Path("m.onnx")))
+        leaving = asyncio.create_task(agent.undeploy("m", "2"))
+        async with asyncio.timeout(10.0):
+            while not agent._leaving:  # noqa: ASYNC110 - bounded
+                await asyncio.sleep(0.01)
+        copied.set()
+        await asyncio.gather(again, leaving)
+
+    asyncio.run(go())
+    assert order == ["left", "began"]
+
+
 def test_a_version_goes_only_once_no_route_in_force_names_it(agent: node.Agent, envoy: NotingEnvoy) -> None:
     seen = []
 
