@@ -143,8 +143,9 @@ class Batcher:
         if self._free_shapes:
             job.key = tuple(job.feeds[name].shape[1:] for name in self._names)
         self._queue.append(job)
-        self._rows += job.rows
         self._bytes += job.bytes
+        self._rows += job.rows
+        self._metrics.queued_rows = self._rows
         if not self._busy:
             self._busy = True
             if at_once:
@@ -167,15 +168,15 @@ class Batcher:
             self._work.put(None)
 
     def _forget(self, job: Job) -> None:
-        self._rows -= job.rows
         self._bytes -= job.bytes
+        self._rows -= job.rows
+        self._metrics.queued_rows = self._rows
 
     def _turn(self) -> None:
         batch = self._take()
         if not batch:
             self._busy = False
             return
-        self._metrics.queued_rows = self._rows
         self._metrics.running_rows = sum(job.rows for job in batch)
         if self._inline(self._metrics.running_rows):
             self._finish(batch, self._run(batch), inline=True)

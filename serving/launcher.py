@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serving.errors import CannotServe
-from serving.processes import Process, listening_on, mark, start
+from serving.processes import Process, bound, listening_on, mark, start
 from serving.zygote import Zygote
 
 SERVER = (sys.executable, "-m", "serving.server")
@@ -56,6 +56,7 @@ class Launcher:
     async def launch(self, arguments: Sequence[str], what: str, log: Path) -> Process:
         """A server with these arguments, its output in `log`. Raises OSError if it cannot start or ended at once."""
         if self.forks and await self._zygote_ready():
+            bound(log)
             try:
                 pid = await asyncio.to_thread(Zygote(self._socket).spawn, arguments, log)
                 return Process(pid, time.time())

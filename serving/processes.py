@@ -77,10 +77,15 @@ def mark(home: Path, what: str) -> str:
     return f"{home}|{what}"
 
 
-def start(command: Sequence[str], marked: str, log: Path, environment: Mapping[str, str] | None = None) -> Process:
-    """Starts the command in a session of its own, its output in `log`. Raises OSError if it cannot be started."""
+def bound(log: Path) -> None:
+    """A log that has grown large is set aside, in place of the one before it."""
     if log.exists() and log.stat().st_size > LOG_BYTES_MAX:
         log.replace(log.with_suffix(".old.log"))
+
+
+def start(command: Sequence[str], marked: str, log: Path, environment: Mapping[str, str] | None = None) -> Process:
+    """Starts the command in a session of its own, its output in `log`. Raises OSError if it cannot be started."""
+    bound(log)
     with log.open("ab") as output:
         child = subprocess.Popen(
             command,

@@ -192,9 +192,10 @@ class Samples:
         return size
 
     def _delete_oldest(self) -> None:
-        """Deletes the oldest files of the folder, other processes' too, down to the bound."""
+        """Deletes the oldest files of the folder, other processes' too, down to the bound. What a killed process left
+        half written is among them."""
         files = []
-        for path in self._settings.folder.glob("*.arrow"):
+        for path in self._settings.folder.iterdir():
             try:
                 state = path.stat()
             except FileNotFoundError:  # another replica deleted it first

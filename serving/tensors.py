@@ -131,6 +131,8 @@ def _flatten(spec: Tensor, shape: Sequence[int], data: list[Any]) -> list[Any]:
     """Nested lists made flat, one level at a time; a level that is not as long as the shape says is ragged."""
     if not data or type(data[0]) is not list:
         return data
+    if not shape:
+        raise spec.refuse("one value", data)
     if len(data) != shape[0]:
         raise spec.refuse(f"{shape[0]} rows for shape {list(shape)}", f"{len(data)} rows")
     level = data

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from infra.samples_arrow import SampledRows
 from infra.telemetry_envoy import EnvoyCounts
+from serving.processes import LOG_BYTES_MAX
 from tests.serving import models
 from tests.serving.keys import body, sign
 from tests.serving.running_agent import RunningAgent, until
@@ -112,7 +113,12 @@ def test_servers_are_forked_adopted_after_the_agent_s_death_and_end_with_a_clean
     agent.start()
     until(lambda: agent.version("2")["state"] == "ready", "version 2 is ready")
     assert [agent.version(version)["replicas"][0]["pid"] for version in ("1", "2")] == before
+    logs = set((agent.home / "logs").glob("????????????.log"))
+    for log in logs:
+        with log.open("ab") as file:
+            file.truncate(LOG_BYTES_MAX + 1)
     agent.kill_server("2")
+    assert len(list((agent.home / "logs").glob("*.old.log"))) == 1, "a forked server's log is bounded, too"
     assert set(infer(agent, 40)) == {"1", "2"}
     assert agent.process is not None
     agent.process.terminate()

@@ -213,7 +213,9 @@ def test_a_deadline_is_kept_while_another_request_runs(path: Path) -> None:
         bench.submit("runs", turns=np.array([2000]))
         await asyncio.sleep(0)  # its turn: it leaves for the worker
         bench.submit("waits", deadline=perf_counter(), turns=np.array([0]))
+        assert b'lockgate_queue_rows{model="m",version="1"} 1\n' in bench.metrics.text(), "told while the model runs"
         bench.batcher.expire()
+        assert b'lockgate_queue_rows{model="m",version="1"} 0\n' in bench.metrics.text()
         assert isinstance(bench.outcomes["waits"], Late)
         assert "runs" not in bench.outcomes
         await bench.settle()

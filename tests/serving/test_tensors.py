@@ -56,6 +56,7 @@ REFUSED: list[tuple[str, list[int], Any, str]] = [
     ("INT64", [1, 1], [2**63], "got 9223372036854775808"),
     ("UINT8", [1, 2], [255, 256], "expected UINT8 values, got 256 at element 1"),
     ("UINT8", [1, 1], [-1], "got -1"),
+    ("FP32", [], [[1.0]], "expected one value, got [[1.0]]"),
     ("BOOL", [1, 1], ["yes"], "expected true or false, got 'yes'"),
     ("BYTES", [1, 1], [7], "expected strings, got 7"),
     ("FP32", [2, 2], [[1, 2], 3], "expected a list of 2 values at row 1"),
