@@ -108,6 +108,17 @@ def test_a_server_that_hangs_is_not_waited_for_once_for_each_wish(world: World, 
     assert len(world.look()) == 4
 
 
+def test_a_server_that_is_busy_for_a_moment_is_asked_again_in_the_same_look(world: World) -> None:
+    """At the next look a version would be found as much later as the registry's poll takes."""
+    world.registry.set_alias("m", "candidate", world.version("m", 1))
+
+    def busy() -> None:
+        world.runs.hangs = None
+
+    world.runs.hangs = busy
+    assert len(world.look()) == 1
+
+
 def test_a_model_without_a_policy_is_nobody_s_business(world: World) -> None:
     world.registry.set_alias("other", "candidate", world.version("other", 1))
     assert world.look() == []
