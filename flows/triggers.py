@@ -110,7 +110,9 @@ def wishes(registry: Registry, model: Registered, found: Found) -> list[Wish]:
     trigger = found.policy.trigger
     if trigger.kind == "nothing" or (trigger.kind == "alias" and trigger.name not in model.aliases):
         return []
-    listed = {each.version: each for each in registry.listed(model.model)}
+    listed = {each.version: each for each in model.said}
+    if trigger.kind != "alias" or model.aliases[trigger.name] not in listed:
+        listed = {each.version: each for each in registry.listed(model.model)}
     asked = wanted(trigger, model.aliases, {number: each.tags for number, each in listed.items()})
     why = "a new version" if trigger.kind == "version" else f"{trigger.kind} {trigger.name}"
     return [

@@ -147,17 +147,16 @@ class MlflowRegistry:
             found, token = [], None
             while True:  # ends: the server hands out each page once
                 page = self._client.search_registered_models(max_results=1000, page_token=token)
-                found += [Registered(each.name, dict(each.tags), _aliases(each)) for each in page]
+                for each in page:
+                    said = [_listed(version) for version in each.latest_versions]
+                    found.append(Registered(each.name, dict(each.tags), _aliases(each), said))
                 token = page.token
                 if not token:
                     return found
 
     def listed(self, model: str) -> Sequence[Listed]:
         """All versions of the model, oldest first, whoever registered them; none for an unknown model."""
-        found = [
-            Listed(str(each.version), each.creation_timestamp / 1000, dict(each.tags)) for each in self._all(model)
-        ]
-        return sorted(found, key=lambda version: int(version.version))
+        return sorted(map(_listed, self._all(model)), key=lambda version: int(version.version))
 
     def fetch(self, version: ModelVersion) -> Bundle:
         """The version's files, digest checked; from the cache where they are there. Raises Refused for other bytes."""
@@ -418,6 +417,10 @@ def _written(signature: Signature) -> str:
 
 def _aliases(found: Any) -> dict[str, str]:
     return {alias: str(version) for alias, version in found.aliases.items()}
+
+
+def _listed(found: Any) -> Listed:
+    return Listed(str(found.version), found.creation_timestamp / 1000, dict(found.tags))
 
 
 def _version(found: Any) -> ModelVersion:

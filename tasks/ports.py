@@ -85,21 +85,22 @@ class ModelVersion:
 
 
 @dataclass(frozen=True)
-class Registered:
-    """A model as the registry lists it."""
-
-    model: str
-    tags: Mapping[str, str]
-    aliases: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class Listed:
     """A version as the registry lists it, whoever registered it; `made_at` in POSIX seconds."""
 
     version: str
     made_at: float
     tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model as the registry lists it, with the versions that it says without being asked: the newest, mostly."""
+
+    model: str
+    tags: Mapping[str, str]
+    aliases: Mapping[str, str]
+    said: Sequence[Listed] = ()
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,12 @@ class FakeRegistry:
     def models(self) -> Sequence[Registered]:
         self._up()
         return [
-            Registered(model, {}, {alias: number for (of, alias), number in self._aliases.items() if of == model})
+            Registered(
+                model,
+                {},
+                {alias: number for (of, alias), number in self._aliases.items() if of == model},
+                self.listed(model)[-1:],
+            )
             for model in self._versions
         ]
 

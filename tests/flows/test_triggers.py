@@ -92,6 +92,22 @@ def test_an_alias_starts_one_run_however_often_one_looks(world: World) -> None:
     assert world.runs.wishes[world.runs.open()[0]].version == "1"
 
 
+def test_a_look_does_not_ask_the_registry_once_for_each_model_that_waits(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model in "abcd":
+        world.policy(model)
+        world.registry.set_alias(model, "candidate", world.version(model, 1))
+    world.version("d", 2)  # the registry says the newest only
+    asked: list[str] = []
+    listed = world.registry.listed
+    said = world.registry.models()
+    monkeypatch.setattr(world.registry, "models", lambda: said)
+    monkeypatch.setattr(world.registry, "listed", lambda model: asked.append(model) or listed(model))
+    assert len(world.look()) == 4
+    assert asked == ["d"]
+
+
 @pytest.mark.parametrize(("takes_s", "asked"), [(5.0, 1), (0.1, 4)])
 def test_a_server_that_hangs_is_not_waited_for_once_for_each_wish(world: World, takes_s: float, asked: int) -> None:
     for model in "abcd":
