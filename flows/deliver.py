@@ -13,7 +13,7 @@ from prefect import flow, get_run_logger
 from flows.checks import Preparation, prepare, run_checks
 from flows.delivery import Delivery, Files, request_submission, requested
 from flows.form import PrefectForms
-from flows.letting_go import hand_over, take_back
+from flows.letting_go import on_cancelled, on_crashed
 from flows.orders import over
 from flows.pages import Pages
 from flows.policy import for_model
@@ -58,8 +58,8 @@ class Outcome:
     name="deliver",
     flow_run_name="{model} → {target}: registering",
     retries=0,
-    on_cancellation=[take_back],
-    on_crashed=[hand_over],
+    on_cancellation=[on_cancelled],
+    on_crashed=[on_crashed],
 )
 def deliver(
     model: str,

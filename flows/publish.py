@@ -11,8 +11,8 @@ import json
 import logging
 import re
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
@@ -86,14 +86,10 @@ class Publisher:
         self._more[name] = to
         self._published = None
 
-    def end(self) -> None:
-        """How it stands now is the end; `close` waits until that is published."""
-        self._closing.set()
-        self._due.set()
-
     def close(self, wait_s: float = _WAIT_S) -> None:
         """Publishes how it stands at the end, for at most `wait_s` seconds; then the thread ends at its next answer."""
-        self.end()
+        self._closing.set()
+        self._due.set()
         self._thread.join(wait_s)
         self._late.set()
         linger(self._thread)
@@ -195,25 +191,16 @@ class Publisher:
         return found[0].id if found else None
 
 
-class Publishers:
-    """An observer of many rollouts, whose controllers have died: what their runs show goes on."""
+@contextmanager
+def showing(ledger: Ledger, links: Links, rollout: str) -> Iterator[Publisher]:
+    """An observer of a rollout whose controller is gone, as long as another drives it: what its run shows goes on.
 
-    def __init__(self, ledger: Ledger, links: Links) -> None:
-        self.ledger, self.links = ledger, links
-        self._of: dict[str, Publisher] = {}
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.rollout not in self._of:
-            entries = self.ledger.read(progress.rollout)
-            run = run_of(entries)
-            made = Publisher(UUID(run) if run else None, target_of(entries), self.ledger, self.links)
-            self._of[progress.rollout] = made
-        self._of[progress.rollout](progress)
-
-    def close(self, wait_s: float = _WAIT_S) -> None:
-        """All that was observed is published, or was tried to be, for at most `wait_s` seconds in all."""
-        until = time.monotonic() + wait_s
-        for each in self._of.values():
-            each.end()
-        while self._of:
-            self._of.popitem()[1].close(max(0.0, until - time.monotonic()))
+    Raises PortError if the ledger cannot be read.
+    """
+    entries = ledger.read(rollout)
+    run = run_of(entries)
+    publisher = Publisher(UUID(run) if run else None, target_of(entries), ledger, links)
+    try:
+        yield publisher
+    finally:
+        publisher.close()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any, NoReturn
 
 from prefect import flow
@@ -22,10 +23,10 @@ from flows.checks import Preparation, run_checks
 from flows.delivery import Delivery, request_submission
 from flows.form import PrefectForms
 from flows.orders import abort, over
-from flows.publish import Publishers
+from flows.publish import showing
 from flows.relay import Relay
 from flows.rollback import proven_before
-from flows.rollout import Checks, Controller, Observer, Superseded
+from flows.rollout import Checks, Controller, Superseded, Watched, unwatched
 from flows.runner import Runner, directly, in_prefect, is_dead, whoami
 from flows.runs import cancelled, look_at_registry
 from flows.settings import Settings
@@ -41,21 +42,76 @@ from tasks.ports import Entry, NotThere, PortError, Ports
 
 _LOOKS = 3.0  # so many looks without an entry, beyond the lease, and a rollout has no controller any more
 _EVERY_S = 5.0
-_WORKERS = 16  # rollouts driven at once by one pass; the others wait for the next
+_WORKERS = 16  # models mended at once by one pass
 
 ChecksOf = Callable[[Sequence[Entry]], Checks]
 Jobs = Sequence[Callable[[], None]]
+Drive = Callable[[Mapping[str, Callable[[], None]]], None]  # runs the job that drives a rollout, by the rollout's name
 Cancelled = Callable[[Collection[str]], Collection[str]]  # of flow runs, by id, those that somebody has cancelled
 
 
 @dataclass
 class Pass:
-    """What one pass did: how the rollouts that it took over stand now, what it mended and started, what it leaves."""
+    """What one pass did: how the rollouts that it took over ended, what it mended and started, what it leaves.
+
+    Each is said at once, too: a rollout may be driven for days.
+    """
 
     driven: dict[str, str] = field(default_factory=dict)
     mended: list[str] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    say: InitVar[Callable[[str], None]] = lambda _line: None
+
+    def __post_init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def drove(self, rollout: str, label: str) -> None:
+        """The rollout has been driven to here."""
+        self.driven[rollout] = label
+        self._say(f"{rollout}: {label}")
+
+    def mend(self, what: str) -> None:
+        """It was amiss, and is mended."""
+        self.mended.append(what)
+        self._say(what)
+
+    def leave(self, what: str, why: str) -> None:
+        """It could not be done now; the next pass finds it again."""
+        self.left[what] = why
+        self._say(f"left for the next pass: {what}: {why}")
+
+
+class Drivers:
+    """A thread for each rollout that is driven: a pass begins them and waits for none, as a rollout may take days."""
+
+    def __init__(self) -> None:
+        self._threads: dict[str, Thread] = {}
+        self._errors: list[BaseException] = []
+
+    def __call__(self, jobs: Mapping[str, Callable[[], None]]) -> None:
+        """Begins the jobs, by rollout, but for rollouts that are still driven here."""
+        self._threads = {name: thread for name, thread in self._threads.items() if thread.is_alive()}
+        for name, job in jobs.items():
+            if name not in self._threads:
+                self._threads[name] = Thread(
+                    target=copy_context().run, args=[self._run, job], name=f"drive {name}", daemon=True
+                )
+                self._threads[name].start()
+
+    def wait(self, names: Collection[str] | None = None) -> None:
+        """Until these rollouts, by default all, are driven no more; raises what a job has raised."""
+        for name in self._threads if names is None else names:
+            self._threads[name].join()
+        for error in self._errors:
+            raise error
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as exc:
+            self._errors = [exc]
+            raise  # a thread's traceback is in the process's log
 
 
 @flow(name="reconcile", flow_run_name="reconcile", retries=0)
@@ -68,48 +124,63 @@ def reconcile(at_once: bool = False, crashed: str | None = None) -> dict[str, An
 
     Returns a `Pass` as a dictionary. Raises PortError if the ledger cannot be reached.
     """
-    ports = connect()
-
-    checks_of = partial(_checks, ports, in_prefect)
-    shown = Publishers(ports.ledger, links)
+    ports, drivers = connect(), Drivers()
+    checks_of, watched = partial(_checks, ports, in_prefect), partial(showing, ports.ledger, links)
     done = reconcile_with(
-        ports, whoami(), in_prefect, checks_of, at_once, observe=shown, cancelled=cancelled, crashed=crashed
+        ports,
+        whoami(),
+        in_prefect,
+        checks_of,
+        at_once,
+        drive=drivers,
+        watched=watched,
+        cancelled=cancelled,
+        crashed=crashed,
     )
-    shown.close()
     try:
         asked = look_at_registry(Settings())
-        done.started, done.left = asked.started, done.left | asked.left
+        done.started = asked.started
+        done.left.update(asked.left)
     except PortError as exc:
-        done.left["registry"] = str(exc)
+        done.leave("registry", str(exc))
     try:
         Relay(ports.ledger, herald(ports.ledger), PrefectForms()).pass_on()
     except (PortError, ValueError) as exc:  # the latter: a ledger that does not fit, which `audit verify` tells
-        done.left["events and forms"] = str(exc)
+        done.leave("events and forms", str(exc))
+    drivers.wait()
     return asdict(done)
 
 
 def keep_reconciling(every_s: float = _EVERY_S) -> NoReturn:
     """One pass after the other, from when the platform is up; prints what each did, and what it had to leave."""
-    at_once = True
+    at_once, drivers = True, Drivers()
     while True:
         try:
             ports = connect()
-            checks_of = partial(_checks, ports, directly)
-            shown = Publishers(ports.ledger, links)
-            done = reconcile_with(ports, whoami(), directly, checks_of, at_once, observe=shown, cancelled=cancelled)
-            shown.close()
+            checks_of, watched = partial(_checks, ports, directly), partial(showing, ports.ledger, links)
+            reconcile_with(
+                ports,
+                whoami(),
+                directly,
+                checks_of,
+                at_once,
+                drive=drivers,
+                watched=watched,
+                cancelled=cancelled,
+                say=_print,
+            )
             at_once = False
-            for line in (*(f"{name}: {label}" for name, label in done.driven.items()), *done.mended):
-                print(line, flush=True)  # noqa: T201 - this is the process's log
-            for what, why in done.left.items():
-                print(f"left for the next pass: {what}: {why}", flush=True)  # noqa: T201 - as above
         except PortError as exc:
-            print(f"nothing could be done: {exc}", flush=True)  # noqa: T201 - as above
+            _print(f"nothing could be done: {exc}")
         time.sleep(every_s)
 
 
+def _print(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - this is the process's log
+
+
 def side_by_side(jobs: Jobs) -> None:
-    """Each job in a thread of its own, within this flow's run: a rollout may take hours, and none waits for another."""
+    """Each job in a thread of its own, within this flow's run: none waits for another."""
     with ThreadPoolExecutor(_WORKERS) as pool:
         for running in [pool.submit(copy_context().run, job) for job in jobs]:
             running.result()
@@ -120,36 +191,41 @@ def reconcile_with(
     who: str,
     run: Runner,
     checks_of: ChecksOf,
-    at_once: bool = False,
+    at_once: bool,
+    drive: Drive,
     all_of: Callable[[Jobs], None] = side_by_side,
-    observe: Observer = lambda _progress: None,
+    watched: Watched = unwatched,
     cancelled: Cancelled = lambda _runs: (),
     crashed: str | None = None,
+    say: Callable[[str], None] = lambda _line: None,
 ) -> Pass:
     """One pass, on the given ports. What cannot be done now is named in `left`, and stands in nobody's way."""
-    done = Pass()
+    done = Pass(say=say)
     going_back = [name for name in ports.ledger.unsettled() if _state(ports, name).phase is Phase.ROLLING_BACK]
 
+    def go_on(name: str, entries: Sequence[Entry]) -> None:
+        me = f"{who}/{uuid.uuid4().hex[:6]}"
+        with watched(name) as observe:
+            _go_on(Controller(ports, name, me, run, checks_of(entries), observe), entries, done)
+
     def take_over(names: Collection[str], given_up: Collection[str] = ()) -> None:
-        jobs: list[Callable[[], None]] = []
+        jobs: dict[str, Callable[[], None]] = {}
         for name in names:
             entries = ports.ledger.read(name)
             now = ports.clock.now()
-            left = name in given_up or _left_by(crashed, entries) or _abandoned(entries, now)
-            if left or (at_once and not _only_waits(entries, now)):
-                controller = Controller(ports, name, f"{who}/{uuid.uuid4().hex[:6]}", run, checks_of(entries), observe)
-                jobs.append(_job(done, name, partial(_go_on, controller, entries, done)))
-        all_of(jobs)
+            left = at_once or _left_by(crashed, entries) or _abandoned(entries, now)
+            if name in given_up or (left and not _only_waits(entries, now)):
+                jobs[name] = _job(done, name, partial(go_on, name, entries))
+        drive(jobs)
 
-    def obey_and_take_over() -> None:
-        given_up = _obey(ports, who, cancelled, done)
-        take_over([name for name in ports.ledger.unsettled() if name not in going_back], given_up)
-
-    all_of([partial(take_over, going_back), obey_and_take_over])  # a way back waits for no word from Prefect
+    take_over(going_back)  # first: a way back waits for no word from Prefect
+    given_up = _obey(ports, who, cancelled, done)
+    # Whose order to go back could not be written is not driven on before it is.
+    take_over([name for name in ports.ledger.unsettled() if name not in (*going_back, *done.left)], given_up)
     try:
         models = sorted(ports.router.routes())
     except PortError as exc:
-        done.left["routes"] = str(exc)
+        done.leave("routes", str(exc))
         return done
     all_of([_job(done, model, partial(_mend, ports, model, who, run, done)) for model in models])
     return done
@@ -162,7 +238,7 @@ def _job(done: Pass, what: str, work: Callable[[], None]) -> Callable[[], None]:
         try:
             work()
         except (PortError, ValueError) as exc:
-            done.left[what] = str(exc)
+            done.leave(what, str(exc))
 
     return job
 
@@ -183,7 +259,7 @@ def _obey(ports: Ports, who: str, cancelled: Cancelled, done: Pass) -> set[str]:
     try:
         stopped = cancelled(of_run.keys())
     except PortError as exc:
-        done.left["cancelled flow runs"] = str(exc)
+        done.leave("cancelled flow runs", str(exc))
         return set()
     states = {of_run[run]: _state(ports, of_run[run]) for run in stopped}
     new = {name for name, state in states.items() if not state.ended and state.phase is not Phase.ROLLING_BACK}
@@ -201,8 +277,6 @@ def _abandoned(entries: Sequence[Entry], now: float) -> bool:
     assert state is not None
     if is_dead(state.holder):
         return True
-    if _only_waits(entries, now):
-        return False
     quiet = now - entries[-1].at
     rules = policy.rollout
     allowed = rules.lease + _LOOKS * rules.look_every
@@ -217,8 +291,7 @@ def _left_by(run: str | None, entries: Sequence[Entry]) -> bool:
 
 
 def _only_waits(entries: Sequence[Entry], now: float) -> bool:
-    """Whether it waits for people, or for a freeze to end, before anything is live: nobody writes then, and nothing is
-    at stake."""
+    """Whether it waits for people, or for a freeze to end, before anything is live: nobody need drive it until then."""
     state = fold(entries)
     assert state is not None
     limit = due(state)
@@ -235,11 +308,11 @@ def _go_on(controller: Controller, entries: Sequence[Entry], done: Pass) -> None
     try:
         state = controller.drive()
     except Superseded as exc:
-        done.left[name] = str(exc)
+        done.leave(name, str(exc))
         return
     if over(state):
         ports.ledger.release(state.model, target, name)
-    done.driven[name] = state.label
+    done.drove(name, state.label)
 
 
 def _holds(ports: Ports, name: str, model: str, target: str) -> bool:
@@ -283,7 +356,7 @@ def _mend(ports: Ports, model: str, who: str, run: Runner, done: Pass) -> None:
     try:
         for what, work in _amiss(ports, model).items():
             run(*work, name=what)
-            done.mended.append(f"{model}: {what}")
+            done.mend(f"{model}: {what}")
     finally:
         ports.ledger.release(model, "local", claim)
 

@@ -7,6 +7,7 @@ effects are carried out; each effect names the entry that asked for it. Killed a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -69,7 +70,13 @@ class Progress:
 
 
 Observer = Callable[[Progress], None]
+Watched = Callable[[str], AbstractContextManager[Observer]]  # who watches the rollout, as long as it is driven
 Checks = Callable[[Rollout, Policy], Sequence[GateReport]]
+
+
+def unwatched(_rollout: str) -> AbstractContextManager[Observer]:
+    """Nobody watches the rollout."""
+    return nullcontext(lambda _progress: None)
 
 
 @dataclass

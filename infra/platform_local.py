@@ -223,7 +223,7 @@ class LocalPlatform:
             if part.restart_at == 0.0:
                 if now - part.started_at > _STEADY_S:
                     part.restarts = 0
-                delay = min(2.0**part.restarts * 0.2, part.away_max_s)
+                delay = min(2.0 ** min(part.restarts, 10) * 0.2, part.away_max_s)
                 part.restart_at = now + delay
                 code = part.process.returncode
                 yield f"{part.name} ended with code {code} ({part.last_words()}); again in {delay:.1f} s"

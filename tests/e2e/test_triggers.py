@@ -210,6 +210,8 @@ def test_who_cancels_the_flow_run_takes_the_traffic_back(platform: Platform) -> 
     wait_until(lambda: outcome_of(platform, version) == "rolled back: abort ordered: its flow run was cancelled", 60)
     wait_until(lambda: states(platform)[run] == "CANCELLED", 60)
     wait_until(lambda: any(line.startswith("cancelled: ") for line in said(platform, run)), 30, "the hook")
+    url = f"{url}/flow_runs/{run}"
+    wait_until(lambda: httpx.get(url).json()["name"].endswith("rolled back"), 30, "the run's name")
 
 
 def test_worker_and_delivery_killed_together_leave_no_run_that_nobody_ends(platform: Platform) -> None:

@@ -1,4 +1,4 @@
-"""What publishes lives as long as its rollout, whatever the server says; and whoever ends many waits once."""
+"""What publishes lives as long as its rollout, whatever the server says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flows import publish
-from flows.publish import Publisher, Publishers
+from flows.publish import Publisher, showing
 from flows.rollout import Progress
 from tests.stories.world import World
 
@@ -104,29 +104,6 @@ def test_what_nobody_was_told_is_said_at_the_end(server: FakeServer, caplog: pyt
     assert "KeyError" in caplog.text
 
 
-def test_many_publishers_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other they would hold the reconciler up for as many times as long as there are rollouts."""
-    free = threading.Event()
-
-    @contextmanager
-    def hangs(_timeout_s: float) -> Iterator[FakeServer]:
-        free.wait(WAIT_S)
-        yield FakeServer()
-
-    monkeypatch.setattr(publish, "prefect_client", hangs)
-    world = World()
-    for name in ("r1", "r2", "r3", "r4", "r5", "r6"):
-        world.drive(name)
-    publishers = Publishers(world.ledger, lambda _model, _version: {})
-    for progress in world.seen:
-        publishers(progress)
-    since = time.monotonic()
-    publishers.close(0.5)
-    took = time.monotonic() - since
-    free.set()
-    assert 0.5 <= took < 1.5
-
-
 def test_a_process_ends_in_peace_while_its_publisher_still_works() -> None:
     """Python kills what works at its end, and within pydantic's Rust code that aborts the process: Prefect then says
     that a delivery crashed which had long been promoted."""
@@ -135,3 +112,13 @@ def test_a_process_ends_in_peace_while_its_publisher_still_works() -> None:
     )
     assert ended.stderr.count("was not told all") == 5, "they did not end before their publishers"
     assert ended.stdout.split() == ["0"] * 5, ended.stderr
+
+
+def test_what_a_run_shows_goes_on_under_another_controller_and_is_all_said_at_the_end(server: FakeServer) -> None:
+    world = World()
+    world.drive()
+    with showing(world.ledger, lambda _model, _version: {}, "r1") as observe:
+        for progress in world.seen:
+            observe(progress)
+    assert set(server.made) == {"m-rollout", "m-progress", "m-stages"}
+    assert not [thread for thread in threading.enumerate() if thread.name == "publish"]

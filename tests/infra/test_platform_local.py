@@ -51,6 +51,8 @@ def test_a_part_that_dies_again_and_again_is_started_later_and_later(clock: Time
     assert waited == sorted(waited)
     assert waited[0] < 0.5
     assert waited[-1] == pytest.approx(30.0, abs=0.2)
+    platform.parts[0].restarts = 2000
+    assert away(platform, clock, lives_s=1.0) == pytest.approx(30.0, abs=0.2), "after hours, too"
     assert away(platform, clock, lives_s=100.0) < 0.5, "one that has run steadily is started at once"
 
 

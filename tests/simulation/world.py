@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -284,8 +285,9 @@ class Run:
                     directly,
                     self._checks,
                     at_once,
+                    lambda jobs: self._side_by_side([*jobs.values()]),
                     self._side_by_side,
-                    self._observe,
+                    lambda _rollout: nullcontext(self._observe),
                 )
                 self._say(f"pass: {done}")
             except PortError as exc:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 
+from flows.approval import answer, asked
 from flows.letting_go import let_go
 from flows.orders import abort
-from flows.reconcile import Cancelled, Jobs, Pass, reconcile_with
+from flows.reconcile import Cancelled, Drivers, Jobs, Pass, reconcile_with
 from flows.rollout import Superseded
 from policies.events import Phase
 from policies.traffic import Route
 from tasks.ports import Deployment, PortError
-from tests.stories.world import MODEL, World, directly
+from tests.stories.world import MODEL, POLICY, World, directly
 
 
 class Died(BaseException):
@@ -33,7 +36,11 @@ def a_pass(
         return world.controller().checks
 
     more: dict[str, Any] = {"cancelled": cancelled, "crashed": crashed}
-    return reconcile_with(world.ports, "reconciler", directly, checks_of, at_once, one_by_one, **more)
+
+    def drive(jobs: Mapping[str, Callable[[], None]]) -> None:
+        one_by_one([*jobs.values()])
+
+    return reconcile_with(world.ports, "reconciler", directly, checks_of, at_once, drive, one_by_one, **more)
 
 
 def dies_after(world: World, seconds: float, flow_run: str | None = None) -> None:
@@ -118,6 +125,68 @@ def test_a_first_version_that_was_taken_back_and_started_late_all_the_same_is_en
     world.target.deploy(Deployment(MODEL, "2", "digest-2", world.target.stored("digest-2") or "x"))  # type: ignore[arg-type]
     assert a_pass(world).mended == [f"{MODEL}: undeploy v2"]
     assert world.target.running(MODEL) == {}
+
+
+def test_who_cancels_a_run_before_anything_is_live_has_the_model_free_again() -> None:
+    world = World()
+    world.ledger.claim(MODEL, "local", "r1")
+    world.request(flow_run="run-1")
+    assert let_go(world.ports, "run-1", "its flow run was cancelled") == "rollout r1: refused"
+    assert world.ledger.claim(MODEL, "local", "next") == "next"
+
+
+def test_a_cancelled_rollout_whose_way_back_cannot_be_written_is_not_driven_on() -> None:
+    world = World()
+    dies_after(world, 15.0, flow_run="run-1")
+    append = world.ledger.append
+
+    def away(*_args: Any, **_named: Any) -> Any:
+        world.ledger.append = append  # type: ignore[method-assign]
+        raise PortError("the ledger does not answer")
+
+    world.ledger.append = away  # type: ignore[method-assign]
+    done = a_pass(world, at_once=True, cancelled=lambda runs: runs)
+    assert (done.driven, done.left) == ({}, {"r1": "the ledger does not answer"})
+    assert a_pass(world, at_once=True, cancelled=lambda runs: runs).driven == {"r1": "rolled back"}
+
+
+def test_a_rollout_that_waits_for_people_before_anything_is_live_is_driven_once_they_have_answered() -> None:
+    canary_first = POLICY.replace("    - shadow: {share: 1.0, for: 8s}\n", "")
+    world = World(canary_first + "governance: {approvals: {before: canary, by: [ann], wait: 600s}}\n")
+    dies_after(world, 15.0, flow_run="run-1")
+    assert a_pass(world, at_once=True, crashed="run-1") == Pass(), "nobody need stand there and wait with them"
+    answer(world.ledger, world.clock, asked(world.ledger, MODEL, world.clock.now()), "ann", "approve", "fine")
+    assert a_pass(world, at_once=True).driven == {"r1": "promoted"}
+
+
+def test_a_rollout_that_takes_days_keeps_no_pass_and_no_other_rollout_waiting() -> None:
+    free, driven, drivers = threading.Event(), list[str](), Drivers()
+
+    def waits() -> None:
+        driven.append("long")
+        free.wait(20.0)
+
+    for _ in range(3):  # passes, each of which finds it without an entry for long
+        drivers({"long": waits, "short": partial(driven.append, "short")})
+        drivers.wait(("short",))
+    assert sorted(driven) == ["long", "short", "short", "short"]
+    free.set()
+    drivers.wait()
+    drivers({"long": partial(driven.append, "long again")})
+    drivers.wait()
+    assert driven[-1] == "long again"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_that_nobody_has_thought_of_is_raised_where_the_rollouts_are_waited_for() -> None:
+    drivers = Drivers()
+
+    def breaks() -> None:
+        raise KeyError("by the test")
+
+    drivers({"r1": breaks})
+    with pytest.raises(KeyError, match="by the test"):
+        drivers.wait()
 
 
 def test_a_prefect_server_that_is_away_keeps_no_rollout_waiting() -> None:
