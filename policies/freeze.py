@@ -75,7 +75,7 @@ def _of_week(text: str) -> float | None:
         hours, minutes = (int(part) for part in clock.split(":"))
     except ValueError:
         hours = minutes = -1
-    if not (0 <= hours <= 24 and 0 <= minutes < 60):
+    if not ((0 <= hours < 24 and 0 <= minutes < 60) or (hours, minutes) == (24, 0)):
         raise ValueError(f"'{text}' is no time of the week; write it like: fri 16:00")
     return _MONDAY_S + _DAYS.index(day) * 86_400.0 + hours * 3600.0 + minutes * 60.0
 

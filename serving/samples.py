@@ -52,7 +52,7 @@ class _Segment:
     def clear(self) -> None:
         """Forgets the rows."""
         self.filled = 0
-        self.text_bytes = 0  # that the rows' strings hold, beyond the columns
+        self.text_bytes = 0  # that the ids and the rows' strings hold, beyond the columns
         self.ids: list[str] = []
         self.rows: list[int] = []  # per id
         self.counts: list[int] = []  # rows per batch, of which these are the time and the status:
@@ -138,7 +138,8 @@ class Samples:
         count = len(predictions)
         if not count:
             return
-        text_bytes = sum(len(value) for name in self._texts if name in feeds for value in feeds[name].flat)
+        text_bytes = sum(map(len, ids))
+        text_bytes += sum(len(value) for name in self._texts if name in feeds for value in feeds[name].flat)
         with self._lock:
             segment = self._filling
             if segment.filled + count > segment.room or segment.text_bytes + text_bytes > self._segment_bytes:

@@ -82,6 +82,7 @@ governance: {freeze: [{from: 'fri 16:00', to: 'mon 08:00'}, {from: '%s', to: 'fr
         ("2026-12-25T00:00Z", "2026-12-24T00:00Z", "before it begins"),
         ("fri 16:00", "fri 16:00", "whole week"),
         ("fri 25:00", "mon 08:00", "write it like: fri 16:00"),
+        ("fri 24:30", "mon 08:00", "write it like: fri 16:00"),
         ("fri 16:00", "2026-12-24T00:00Z", "no time"),
         ("soon", "later", "write 2026-12-23T18:00Z"),
     ],

@@ -65,6 +65,16 @@ def test_long_strings_count_towards_the_bound_of_what_waits(tmp_path: Path) -> N
     assert metrics.samples + metrics.samples_dropped == 20
 
 
+def test_long_ids_count_towards_it_too(tmp_path: Path) -> None:
+    """A client names its requests as it likes."""
+    samples, metrics = sampler(tmp_path, bytes_max=1_000_000)
+    for number in range(40):
+        samples.keep([f"{number}".zfill(30_000)], [1], feeds(1), np.zeros(1), 200)
+    samples.write()
+    assert 1 <= metrics.samples <= 17
+    assert metrics.samples + metrics.samples_dropped == 40
+
+
 def test_of_what_was_not_drawn_by_chance_no_row_is_kept(tmp_path: Path) -> None:
     samples, metrics = sampler(tmp_path)
     samples.keep(["a", UNSAMPLED, "b"], [1, 2, 1], feeds(4), np.array([0.1, 0.2, 0.3, 0.4]), 200)
