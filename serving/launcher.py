@@ -7,6 +7,7 @@ is never in the way: while it is not there, or refuses, servers are started fres
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import time
@@ -20,6 +21,7 @@ from serving.zygote import Zygote
 SERVER = (sys.executable, "-m", "serving.server")
 ZYGOTE = "zygote"  # its mark, which the processes forked from it carry, too
 ZYGOTE_READY_S_MAX = 5.0
+EXIT_KNOWN_S_MAX = 0.2  # somebody may be waiting for the next server
 
 _log = logging.getLogger("lockgate.launcher")
 
@@ -63,6 +65,15 @@ class Launcher:
             except CannotServe as exc:
                 _log.warning("started without the zygote: %s", exc)
         return start([*self._command, *arguments], mark(self._home, what), log)
+
+    async def exit_code(self, process: Process) -> int | None:
+        """How the server ended (-9: by signal 9), as far as that can be told at once; None: nobody knows."""
+        if process.exit_code is not None or not self.forks:
+            return process.exit_code
+        with contextlib.suppress(CannotServe, TimeoutError):
+            exits = await asyncio.wait_for(asyncio.to_thread(Zygote(self._socket).exits), EXIT_KNOWN_S_MAX)
+            return exits.get(process.pid)
+        return None
 
     async def _zygote_ready(self) -> bool:
         """Waits for it for a bounded time. One that has ended is started anew, for the next server."""

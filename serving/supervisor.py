@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -103,14 +104,14 @@ class Replica:
         self.process = survivor
         self._task = asyncio.create_task(self._run(), name=self.what)
 
-    async def stop(self) -> None:
-        """Drains and ends it; returns once it is gone."""
+    async def stop(self, drain_s: float = DRAIN_S) -> None:
+        """Drains it, for so long at most, and ends it; returns once it is gone."""
         self._stopping = True
         self.ready = False
         async with self._starting:  # a process that is just being started is not lost sight of
             process = self.process
         if process is not None:
-            await process.stop(DRAIN_S)
+            await process.stop(drain_s)
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -141,7 +142,8 @@ class Replica:
                 await self._watch(process, session)
                 if self._stopping:
                     return
-                self._ended(process, steady=time.monotonic() - began > STEADY_S)
+                steady = time.monotonic() - began > STEADY_S
+                self._ended(await self._launcher.exit_code(process), steady)
                 await asyncio.sleep(self._back_off())
 
     async def _start(self) -> bool:
@@ -209,10 +211,12 @@ class Replica:
         self.why = ""
         self._tell("replica-ready", f"{self._name()} is ready", **self._facts())
 
-    def _ended(self, process: Process, steady: bool) -> None:
+    def _ended(self, code: int | None, steady: bool) -> None:
+        how = "ended" if code is None else f"ended with code {code}"
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
         words = last_words(self.log)
-        code = process.exit_code
-        self.why = f"ended{'' if code is None else f' with code {code}'}{f': {words}' if words else ''}"
+        self.why = f"{how}; its log ends: {words}" if words else how
         self.process = None
         self.restarts += 1
         self.failures = 1 if steady else self.failures + 1
@@ -250,20 +254,19 @@ class VersionRunner:
 
     def begin(self, survivors: dict[str, list[Process]]) -> None:
         """Starts the replicas; those that survived are taken over and removed from `survivors`."""
-        self.samples.mkdir(parents=True, exist_ok=True)
         for replica in self.replicas:
             replica.begin(_survivor(replica, survivors))
 
-    async def stop(self) -> None:
+    async def stop(self, drain_s: float = DRAIN_S) -> None:
         """Drains and ends all replicas."""
         self.stopping = True
-        await asyncio.gather(*(replica.stop() for replica in self.replicas))
+        await asyncio.gather(*(replica.stop(drain_s) for replica in self.replicas))
 
     async def suspend(self) -> None:
-        """Ends all replicas at once, until `resume`: what still comes for this version fails, and is answered by the
-        stable one."""
+        """Ends all replicas at once, until `resume`: what is under way on this version, and what still comes for it,
+        fails, and is answered by the stable one."""
         self.suspended = True
-        await self.stop()
+        await self.stop(0.0)
 
     def resume(self) -> None:
         """Runs the replicas again after `suspend`."""

@@ -120,6 +120,7 @@ class _Nursery:
         if not isinstance(question, dict):
             return {"error": "a question must be a JSON object"}
         if question.get("exits"):
+            self._reap()  # whoever asks has seen a child end, which the signal may tell us later
             return {"exits": self._exits}
         argv, log = question.get("argv"), question.get("log")
         if not isinstance(argv, list) or not all(isinstance(word, str) for word in argv) or not isinstance(log, str):

@@ -161,6 +161,9 @@ def test_without_the_zygote_servers_start_all_the_same(agent: RunningAgent) -> N
     digest = models.score(path)
     agent.client.deploy("m", "1", path, digest)
     until(lambda: agent.version("1")["state"] == "ready", "it is ready")
+    agent.kill_server("1")
+    ended = [event["says"] for event in agent.client.events() if event["kind"] == "replica-ended"]
+    assert ended[0].startswith("replica 0 of m version 1 was killed by SIGKILL"), "the zygote knows"
     [zygote] = [pid for pid in agent.children() if b"serving.zygote" in cmdline(pid) and is_zygote(agent, pid)]
     os.kill(zygote, signal.SIGKILL)
     agent.kill_server("1")

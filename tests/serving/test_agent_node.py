@@ -17,7 +17,8 @@ from policies.traffic import Route
 from serving import durable, gateway, node
 from serving.agent_errors import Conflict, NotDurable
 from serving.durable import put_in_place
-from serving.supervisor import VersionSpec
+from serving.launcher import Launcher
+from serving.supervisor import DRAIN_S, Places, VersionRunner, VersionSpec
 
 PATH = "/v2/models/m"
 
@@ -240,6 +241,33 @@ def test_a_version_that_is_asked_for_while_it_leaves_begins_once_it_has_left(
 
     asyncio.run(go())
     assert order == ["left", "began"]
+
+
+@pytest.mark.parametrize(("how", "grace_s"), [("suspend", 0.0), ("stop", DRAIN_S)])
+def test_a_version_that_is_suspended_is_not_drained(tmp_path: Path, how: str, grace_s: float) -> None:
+    """Its lease is over, the gateway cannot be told, and the other models' leases wait for this one's end."""
+    places, graces = Places(tmp_path, tmp_path, tmp_path, tmp_path / "m.onnx"), []
+
+    async def stop(after_s: float) -> None:
+        graces.append(after_s)
+
+    async def go() -> None:
+        runner = VersionRunner(VersionSpec("m", "2", "0" * 64), places, Launcher(tmp_path), lambda *_, **__: None)
+        runner.replicas[0].process = SimpleNamespace(stop=stop)  # type: ignore[assignment]
+        await getattr(runner, how)()
+
+    asyncio.run(go())
+    assert graces == [grace_s]
+
+
+def test_a_disk_that_has_no_room_for_samples_does_not_keep_a_version_from_beginning(tmp_path: Path) -> None:
+    """It was on the record as deployed, and nobody would have started it."""
+    (tmp_path / "samples").write_text("no room for a folder")
+    places, begun = Places(tmp_path, tmp_path, tmp_path / "samples" / "m" / "1", tmp_path / "m.onnx"), []
+    runner = VersionRunner(VersionSpec("m", "1", "0" * 64), places, Launcher(tmp_path), lambda *_, **__: None)
+    runner.replicas[0].begin = begun.append  # type: ignore[method-assign,assignment]
+    runner.begin({})
+    assert begun == [None]
 
 
 def test_a_version_goes_only_once_no_route_in_force_names_it(agent: node.Agent, envoy: NotingEnvoy) -> None:
