@@ -275,13 +275,15 @@ class LocalPlatform:
             "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{self.prefect_port}/api",
             "PREFECT_API_DATABASE_CONNECTION_URL": databases(self.home, self.database).prefect,
         }
+        module = "prefect"
         if self.database is None:
+            module = "infra.server_prefect"
             # Each waiting run would be marked as late in a transaction of its own, all of them at once. On SQLite all
-            # but one fail, and are tried again 5 s later: with a hundred the server answers nobody for minutes.
+            # but one fail, and are tried again 5 s later: with a hundred, hundreds fail in a minute.
             env["PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED"] = "false"
         return self._part(
             "Prefect",
-            ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.prefect_port)],
+            ["-m", module, "server", "start", "--host", "127.0.0.1", "--port", str(self.prefect_port)],
             _answers(f"http://127.0.0.1:{self.prefect_port}/api/health"),
             env,
         )
