@@ -68,6 +68,8 @@ class Lookout:
     first_traffic: float | None = None
     compared_at: float = 0.0
     labels_at: float = 0.0
+    compared: dict[str, str] = field(default_factory=dict)  # what the last comparison ran into, until the next one
+    labelled: dict[str, str] = field(default_factory=dict)  # the same of the labels
 
     def look(self, state: Rollout, at: float) -> Evidence:
         """The evidence now. Raises nothing but programming errors: what could not be read is a problem, not a crash."""
@@ -79,14 +81,16 @@ class Lookout:
         candidate = self._counts(state, state.candidate, shadow=state.phase is Phase.SHADOW, problems=problems)
         drift, pairs = None, None
         if at - self.compared_at >= shifts.EVERY_S or at < self.compared_at:
-            drift = self._drift(state, problems)
-            pairs = self._pairs(state, problems)
-            if drift is not None or problems or self.policy.rollout.gates.drift is None:
+            self.compared = {}
+            drift = self._drift(state, self.compared)
+            pairs = self._pairs(state, self.compared)
+            if drift is not None or self.compared or self.policy.rollout.gates.drift is None:
                 self.compared_at = at
         outcomes = None
         if at - self.labels_at >= _LABELS_EVERY_S or at < self.labels_at:
-            outcomes, self.labels_at = self._outcomes(state, problems), at
-        return Evidence(at, stable, candidate, drift, pairs, problems, outcomes)
+            self.labelled = {}
+            outcomes, self.labels_at = self._outcomes(state, self.labelled), at
+        return Evidence(at, stable, candidate, drift, pairs, {**problems, **self.compared, **self.labelled}, outcomes)
 
     def _counts(self, state: Rollout, version: str | None, shadow: bool, problems: dict[str, str]) -> Counts | None:
         if version is None:

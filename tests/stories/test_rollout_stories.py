@@ -167,6 +167,32 @@ def test_a_lease_that_ran_out_while_nobody_looked_ends_the_rollout_on_stable() -
     assert world.ledger.quarantined("digest-2") is None
 
 
+@pytest.mark.parametrize(
+    ("gate", "source"),
+    [
+        ("drift: {columns: [prediction], rows_min: 100}", "drift"),
+        ("disagreement: {margin: 0.1}", "pairs"),
+        ("quality: {margin: 0.2, rows_min: 20}", "outcomes"),
+    ],
+)
+def test_what_a_source_said_before_it_went_down_passes_no_stage(gate: str, source: str) -> None:
+    """These are asked less often than it is looked: in between, they are as they were when they were asked last."""
+    world = World(POLICY.replace("errors: {margin: 0.02}", "errors: {margin: 0.02}\n    " + gate))
+    asked = getattr(world.telemetry, source)
+    stage = {"drift": 12.0, "pairs": 4.5, "outcomes": 25.0}[source]  # in the middle of one that asks it
+    began = world.clock.now()
+
+    def down(*args: Any) -> Any:
+        if world.clock.now() - began > stage:
+            raise PortError("down (by the test)")
+        return asked(*args)
+
+    setattr(world.telemetry, source, down)
+    state = world.drive()
+    assert (state.phase, state.unfinished) == (Phase.ROLLED_BACK, True), state.reason
+    assert state.reason.endswith("(last verdict: error)")
+
+
 def test_a_router_that_is_down_at_the_rollback_is_asked_again_until_it_answers() -> None:
     world = World().given("2", errors=0.10)
     controller = world.controller(world.request())
