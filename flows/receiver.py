@@ -23,6 +23,7 @@ from serving.log import say
 from tasks.ports import PortError
 
 _BODY_BYTES_MAX = 65_536
+_SOON_S = 1.0
 _FRESH = 3.0  # polls without a look, and the watcher is not well
 _REFUSED = {"forged": 401, "stale": 401, "replayed": 409, "malformed": 400}
 
@@ -57,8 +58,7 @@ class Watcher:
             self._subscribe()
             while True:
                 self.woken.clear()
-                self._look()
-                self.woken.wait(self.settings.registry_poll_s)
+                self.woken.wait(self._look())
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # a receiver that does not look is to be started anew
 
@@ -72,7 +72,8 @@ class Watcher:
         except PortError as exc:
             _say(f"no hints, the registry is only polled: {exc}")
 
-    def _look(self) -> None:
+    def _look(self) -> float:
+        """Looks; in how many seconds to look again. Prefect's SQLite is busy for a moment now and then, and says no."""
         from flows.runs import look_at_registry  # this process has been told by now where Prefect is
 
         try:
@@ -80,13 +81,14 @@ class Watcher:
         except PortError as exc:
             self.metrics.errors.inc()
             self._tell_left({"look": str(exc)})
-            return
+            return self.settings.registry_poll_s
         self.looked_at = time.time()
         self.metrics.looked.set(self.looked_at)
         self.metrics.runs.inc(len(seen.started))
         for line in seen.started:
             _say(f"started: {line}")
         self._tell_left(seen.left)
+        return min(_SOON_S, self.settings.registry_poll_s) if seen.soon else self.settings.registry_poll_s
 
     def _tell_left(self, left: dict[str, str]) -> None:
         for what, why in left.items():

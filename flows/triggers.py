@@ -55,10 +55,11 @@ class Runs(Protocol):
 
 @dataclass
 class Seen:
-    """What one pass did: the runs that it started, and what stood in the way of others."""
+    """What one pass did: the runs that it started, and what stood in the way of others; `soon`: it may be gone soon."""
 
     started: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    soon: bool = False
 
 
 def look(registry: Registry, ledger: Ledger, runs: Runs, shelf: Path, now: Callable[[], float]) -> Seen:
@@ -86,7 +87,7 @@ def look(registry: Registry, ledger: Ledger, runs: Runs, shelf: Path, now: Calla
             if (wish.model, wish.version) in busy:
                 break
             began = now()
-            goes_first = _started(registry, runs, wish, before[wish.key], found.policy.trigger.alias, now, seen)
+            goes_first = _started(registry, runs, wish, before[wish.key], found.policy.trigger.alias, began, seen)
             waited_s += now() - began if wish.key in seen.left else 0.0
             if waited_s > _HANGS_S:
                 return seen  # each of the others would wait as long; the next look asks again
@@ -128,36 +129,20 @@ def under_way(ledger: Ledger) -> set[tuple[str, str]]:
 
 
 def _started(
-    registry: Registry,
-    runs: Runs,
-    wish: Wish,
-    before: Sequence[Run],
-    alias: str | None,
-    now: Callable[[], float],
-    seen: Seen,
+    registry: Registry, runs: Runs, wish: Wish, before: Sequence[Run], alias: str | None, now: float, seen: Seen
 ) -> bool:
     """Starts a run for the wish if it is time; whether the model's later versions have to wait for this one."""
     if before and before[-1].cancelled and wish.cancelled != str(len(before)):
         registry.tag(wish.model, wish.version, {_CANCELLED_TAG: str(len(before))})
         settle.fn(registry, wish.model, wish.version, alias, "cancelled", "its flow run was cancelled by a person")
         return False
-    number = attempt(before, now())
+    number = attempt(before, now)
     if number is not None:
         try:
-            _start(runs, wish, number, now)
+            runs.start(wish, number)
         except PortError as exc:
             seen.left[wish.key] = str(exc)
+            seen.soon = True
             return True
         seen.started.append(f"{wish.model} v{wish.version} ({wish.why}, run {number})")
     return True
-
-
-def _start(runs: Runs, wish: Wish, number: int, now: Callable[[], float]) -> None:
-    """Asks a second time where it is told no at once, as Prefect's SQLite does when it is busy. Raises PortError."""
-    began = now()
-    try:
-        runs.start(wish, number)
-    except PortError:
-        if now() - began > _HANGS_S:
-            raise
-        runs.start(wish, number)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
+from flows import runs
 from flows.receiver import Metrics, Watcher, application
 from flows.settings import Settings
+from flows.triggers import Seen
 from infra.hints_mlflow import Doorkeeper
 from tests.infra.test_hints_mlflow import BODY, SECRET, hint
 
@@ -40,3 +43,12 @@ def test_hints_are_answered_counted_and_wake_the_watcher_only_if_they_are_believ
             assert (await client.get("/health")).status == 200
 
     asyncio.run(play())
+
+
+def test_what_stands_in_the_way_for_a_moment_only_is_looked_at_again_before_the_next_poll(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watcher = Watcher(Settings(registry_poll_s=10.0), Metrics())
+    for seen, wait_s in ((Seen(soon=True), 1.0), (Seen(left={"a policy": "is unsound"}), 10.0)):
+        monkeypatch.setattr(runs, "look_at_registry", lambda _settings, seen=seen: seen)
+        assert watcher._look() == wait_s
