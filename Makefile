@@ -39,7 +39,7 @@ crowd: install ## 20 models delivered at once on a real platform, twice (ARGS="-
 platform: install ## a platform while Prefect's server is away, with lossy hints, and its deployments on other work pools
 	$(BIN)/pytest -q tests/e2e/platform_away.py $(ARGS)
 
-hints: install ## 100 versions whose webhooks are lost, doubled, held back and forged, on a real platform
+hints: install ## 100 versions whose webhooks are lost, doubled, held back and forged, on a real platform (ARGS="--postgresql")
 	$(BIN)/python -W ignore -m tests.e2e.hints $(ARGS)
 
 bench-%: install ## bench-gates, bench-ledger, bench-gateway, bench-rollback, bench-serving, bench-startup: tables, and JSON in build/benchmarks
