@@ -40,7 +40,7 @@ class LiveTelemetry:
         self._samples = SampledRows(agent_home)
         self._labelled = LabelledAnswers(agent_home)
         self._drift = drift
-        self._pairs: dict[tuple[str, str, str], _Counted] = {}
+        self._pairs: dict[tuple[str, str, str, float, float], _Counted] = {}
 
     def warm(self) -> None:
         self._drift.warm()
@@ -60,7 +60,7 @@ class LiveTelemetry:
         return self._drift.compare(tables[0], tables[1], tuple(names), method, of)
 
     def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:
-        counted = self._pairs.setdefault((model, stable, candidate), _Counted(since))
+        counted = self._pairs.setdefault((model, stable, candidate, tolerance, since), _Counted(since))
         until = time.time() - _SETTLE_S
         if until > counted.until:
             first = self._samples.read(model, stable, counted.until)
