@@ -15,6 +15,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from datetime import UTC, datetime
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +42,7 @@ _FOR_TEXT = ("psi", "jensenshannon", "hellinger")
 _UPPER_SD = 2.33  # the normal quantile of 99 %
 _REPORT_ROWS = 2000
 _REPORT_TIMEOUT_S = 180.0
+_POLL_S = 0.01
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -51,34 +54,41 @@ class Columns:
     rows: int
 
 
+@dataclass
+class _Asked:
+    """A question to the worker, the time (monotonic) until which it is waited for, and its (error, answer)."""
+
+    number: int
+    limit: float
+    answer: tuple[str | None, Any] | None = None
+
+
 class EvidentlyDrift:
-    """Compares windows. Not safe for several threads. `close` ends the worker."""
+    """Compares windows. Safe to use from several threads, which share one worker. `close` ends it."""
 
     def __init__(
         self, permutations: int = 1999, rows_max: int | None = None, wait_s: float = 2.0, timeout_s: float = 60.0
     ) -> None:
         """`rows_max` of each window are compared (by default as many as `policies.shifts.rows_max` says), evenly
-        thinned; one comparison may take `timeout_s` at most."""
+        thinned; one comparison may take `timeout_s` at most, and those that were asked for before it as long each."""
         self._permutations = permutations
         self._rows_max = rows_max
         self._wait_s = wait_s
         self._timeout_s = timeout_s
         self._worker: tuple[subprocess.Popen[bytes], Connection] | None = None
         self._numbers = itertools.count(1)
-        self._under_way: tuple[int, object, float] | None = None
+        self._asked: dict[object, _Asked] = {}
+        self._lock = threading.Lock()  # never held while the worker is waited for
 
     def warm(self) -> None:
         """Starts the worker, without waiting for it."""
-        self._connection()
+        with self._lock:
+            self._connection()
 
     def close(self) -> None:
         """Ends the worker. Idempotent."""
-        if self._worker is not None:
-            process, connection = self._worker
-            self._worker, self._under_way = None, None
-            connection.close()
-            process.kill()
-            process.wait()
+        with self._lock:
+            self._end()
 
     def __enter__(self) -> EvidentlyDrift:
         return self
@@ -105,14 +115,15 @@ class EvidentlyDrift:
         """
         if method not in METHODS:
             raise BadInput(f"method '{method}' is not known; it is one of {', '.join(METHODS)}")
-        what = (of, tuple(columns), method)
-        if not (of and self._under_way is not None and self._under_way[1] == what):
+        what = (of, tuple(columns), method) if of else object()
+        asked = self._asked.get(what)
+        if asked is None:
             windows = [
                 _window(table, columns, method, self._rows_max or shifts.rows_max(method), name)
                 for table, name in ((reference, "stable version's"), (current, "candidate's"))
             ]
-            self._submit("compare", (*windows, method, permutations or self._permutations), what)
-        answer = self._receive(self._wait_s if of else self._timeout_s, patient=bool(of))
+            asked = self._submit("compare", (*windows, method, permutations or self._permutations), what)
+        answer = self._receive(what, asked, self._wait_s if of else self._timeout_s, patient=bool(of))
         assert isinstance(answer, Drift)
         return answer
 
@@ -136,15 +147,34 @@ class EvidentlyDrift:
         windows = [_window(table, names, "psi", _REPORT_ROWS, "report's", smallest=1) for table in (reference, current)]
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = (str(workspace), project, at) if workspace is not None else None
-        self._submit("report", (*windows, str(path), kept), None)
-        self._receive(_REPORT_TIMEOUT_S, patient=False)
+        what = object()
+        self._receive(what, self._submit("report", (*windows, str(path), kept), what), _REPORT_TIMEOUT_S, patient=False)
         return path
 
     # ------------------------------------------------------------ the worker
 
+    def _submit(self, kind: str, body: tuple[Any, ...], what: object) -> _Asked:
+        with self._lock:
+            self._take_in()
+            now = time.monotonic()
+            over = {each: asked for each, asked in self._asked.items() if now >= asked.limit}
+            if any(asked.answer is None for asked in over.values()):
+                self._end()
+            for each in over:  # whoever asked has gone, or asks again
+                del self._asked[each]
+            connection, number = self._connection(), next(self._numbers)
+            try:
+                connection.send((number, kind, body))
+            except OSError as exc:
+                self._end()
+                raise PortError(f"the drift worker ended: {exc}") from exc
+            waiting = 1 + sum(asked.answer is None for asked in self._asked.values())
+            made = self._asked[what] = _Asked(number, now + waiting * self._timeout_s)
+            return made
+
     def _connection(self) -> Connection:
         if self._worker is not None and self._worker[0].poll() is not None:
-            self.close()
+            self._end()
         if self._worker is None:
             ours, theirs = Pipe()
             descriptor = theirs.fileno()
@@ -159,37 +189,51 @@ class EvidentlyDrift:
             self._worker = process, ours
         return self._worker[1]
 
-    def _submit(self, kind: str, body: tuple[Any, ...], what: object) -> None:
-        number = next(self._numbers)
-        try:
-            self._connection().send((number, kind, body))
-        except OSError as exc:
-            self.close()
-            raise PortError(f"the drift worker ended: {exc}") from exc
-        self._under_way = (number, what, time.monotonic() + self._timeout_s)
+    def _end(self) -> None:
+        """Ends the worker; whoever waits for it is told, and asks the next one."""
+        for asked in self._asked.values():
+            asked.answer = asked.answer or ("the drift worker ended in the middle of a comparison", None)
+        if self._worker is not None:
+            process, connection = self._worker
+            self._worker = None
+            connection.close()
+            process.kill()
+            process.wait()
 
-    def _receive(self, wait_s: float, patient: bool) -> Any:
-        """The answer to what is under way. `patient`: not being ready yet is NotThere, until the time-out is over."""
-        assert self._under_way is not None
-        number, _, limit = self._under_way
-        connection = self._connection()
+    def _receive(self, what: object, asked: _Asked, wait_s: float, patient: bool) -> Any:
+        """The answer. `patient`: not being ready yet is NotThere, until the time-out is over."""
         until = time.monotonic() + wait_s
-        try:
-            while connection.poll(max(until - time.monotonic(), 0.0)):
-                answered, error, answer = connection.recv()
-                if answered != number:
-                    continue  # of an earlier question that nobody waits for any more
-                self._under_way = None
-                if error is not None:
-                    raise PortError(f"Evidently could not compare: {error}")
-                return answer
-        except (EOFError, OSError) as exc:
-            self.close()
-            raise PortError("the drift worker ended in the middle of a comparison") from exc
-        if patient and time.monotonic() < limit:
+        while True:
+            with self._lock:
+                self._take_in()
+                if asked.answer is not None:
+                    self._asked.pop(what, None)
+                    error, answer = asked.answer
+                    if error is not None:
+                        raise PortError(error)
+                    return answer
+            if time.monotonic() >= until:
+                break
+            time.sleep(_POLL_S)
+        if patient and time.monotonic() < asked.limit:
             raise NotThere("the windows are being compared")
-        self.close()
+        with self._lock:
+            self._asked.pop(what, None)
+            self._end()
         raise PortError(f"no comparison after {self._timeout_s:g} s; the drift worker was ended")
+
+    def _take_in(self) -> None:
+        """The answers that have come, each for whoever asked."""
+        if self._worker is None:
+            return
+        try:
+            while self._worker[1].poll():
+                number, error, answer = self._worker[1].recv()
+                for asked in self._asked.values():
+                    if asked.number == number:
+                        asked.answer = f"Evidently could not compare: {error}" if error else None, answer
+        except (EOFError, OSError):
+            self._end()
 
 
 def _window(
@@ -227,16 +271,22 @@ def _array(column: pa.ChunkedArray, name: str, method: str) -> NDArray[Any]:
 # ---------------------------------------------------------------- within the worker
 
 
-def work(connection: Connection) -> None:
+def listen(connection: Connection, questions: SimpleQueue[Any]) -> None:
+    """Takes questions in as they come, so that nobody waits to be rid of one; None when the other side is gone."""
+    try:
+        while True:
+            questions.put(connection.recv())
+    except (EOFError, OSError):
+        questions.put(None)
+
+
+def work(connection: Connection, questions: SimpleQueue[Any]) -> None:
     """Answers questions until the other side is gone."""
     import warnings
 
     warnings.simplefilter("ignore")
-    while True:
-        try:
-            number, kind, body = connection.recv()
-        except (EOFError, OSError):
-            return
+    while (question := questions.get()) is not None:
+        number, kind, body = question
         try:
             answer: Any = compare(*body) if kind == "compare" else _write_report(*body)
             error = None
@@ -348,10 +398,12 @@ def main(descriptor: int) -> None:
     """The worker's life: import first, so that the first question need not wait for it."""
     os.nice(10)  # a comparison may be late; the requests that it is about may not
     os.dup2(2, 1)  # what a vendor prints is for the log
+    questions: SimpleQueue[Any] = SimpleQueue()
     with Connection(descriptor) as connection:
+        threading.Thread(target=listen, args=[connection, questions], name="questions", daemon=True).start()
         import evidently.legacy.calculations.stattests  # noqa: F401
 
-        work(connection)
+        work(connection, questions)
 
 
 if __name__ == "__main__":

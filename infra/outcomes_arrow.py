@@ -18,6 +18,7 @@ from policies.evidence import NONE, Outcomes, Sums
 ROWS_MAX = 200_000  # of each version, that wait for labels; and labels that wait for answers
 _SETTLE_S = 3.0  # segments are written every second, and a copy may be answered after the original
 _CUTOFF = 0.5
+_OVER_S = 600.0  # a rollout that has not asked for so long has ended
 
 Key = tuple[str, int]
 
@@ -41,6 +42,7 @@ class _Counted:
     alone: tuple[Sums, Sums] = (NONE, NONE)  # of the stable version, of the candidate
     labels: dict[Key, tuple[float, float]] = field(default_factory=dict)
     segment: int = 0
+    asked: float = 0.0  # POSIX seconds
 
 
 def loss(metric: str, prediction: float, label: float) -> float:
@@ -77,7 +79,7 @@ def added(requests: Iterable[list[float]]) -> Sums:
 
 
 class LabelledAnswers:
-    """Joins samples and labels under an agent's home. Not safe for several threads.
+    """Joins samples and labels under an agent's home. Several rollouts may ask, each from a thread of its own.
 
     A request counts once, when its labels come: later labels of it change nothing that was counted. Rows of one request
     that are labelled together are one observation, their mean, since they are not independent. Of more than `ROWS_MAX`
@@ -91,10 +93,12 @@ class LabelledAnswers:
     def outcomes(self, model: str, stable: str, candidate: str, metric: str, since: float, wait: float) -> Outcomes:
         """What the labels that have come say of both versions' answers since then. Raises PortError."""
         key = (model, stable, candidate, metric, since)
-        if key not in self._counted:  # a new rollout: the one before is over
-            self._counted = {key: _Counted(since, _Version(since), _Version(since))}
-        counted = self._counted[key]
         now = time.time()
+        counted = self._counted.setdefault(key, _Counted(since, _Version(since), _Version(since), asked=now))
+        counted.asked = now
+        for each, other in list(self._counted.items()):
+            if other.asked < now - _OVER_S:
+                self._counted.pop(each, None)
         for version, name in ((counted.stable, stable), (counted.candidate, candidate)):
             self._read(version, model, name, now - _SETTLE_S, now - wait)
         self._read_labels(counted, model)

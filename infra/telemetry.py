@@ -33,7 +33,7 @@ class _Counted:
 
 
 class LiveTelemetry:
-    """Reads one agent's data plane. Not safe for several threads."""
+    """Reads one agent's data plane. Several rollouts may ask, each from a thread of its own."""
 
     def __init__(self, agent_home: Path, drift: EvidentlyDrift) -> None:
         self._counts = EnvoyCounts(agent_home)

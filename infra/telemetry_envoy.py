@@ -39,7 +39,7 @@ _SCORE = re.compile(r'^lockgate_prediction_bucket\{.*\ble="([^"]*)".*\} ([0-9.e+
 
 
 class EnvoyCounts:
-    """The counts of one agent's gateway and servers. Not safe for several threads."""
+    """The counts of one agent's gateway and servers. Several rollouts may ask, each from a thread of its own."""
 
     def __init__(self, agent_home: Path) -> None:
         self._agent = AgentClient(agent_home, timeout_s=5.0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +123,28 @@ def test_with_a_name_a_comparison_is_fetched_by_a_later_call() -> None:
             detector.compare(first, second, ["prediction"], of="b")
         waited = detector.compare(first, second, ["prediction"])
         assert waited.rows_candidate == 600
+
+
+def test_many_rollouts_share_one_worker_and_each_gets_its_own_answer() -> None:
+    """A reconciler drives many at once, each in a thread; none may take another's place or answer."""
+    shifts = (0.0, 0.1, 0.2, 0.3)
+
+    def fetched(shift: float) -> float:
+        deadline = time.monotonic() + 120.0
+        while True:
+            try:
+                return detector.compare(
+                    window(600, 1), window(600, 1, shift), ["prediction"], "ks", of=f"{shift}"
+                ).columns[0].statistic  # fmt: skip
+            except NotThere:
+                assert time.monotonic() < deadline, "never told"
+                time.sleep(0.05)
+
+    with EvidentlyDrift(permutations=19, wait_s=0.0, timeout_s=120.0) as detector, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(fetched, shifts))
+    assert found == sorted(found)
+    assert found[0] == 0.0
+    assert len(set(found)) == len(shifts)
 
 
 def test_a_worker_that_takes_too_long_is_ended_and_the_next_call_has_a_new_one() -> None:

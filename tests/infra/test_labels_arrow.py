@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -178,6 +179,21 @@ def test_what_waits_for_labels_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(outcomes_arrow, "ROWS_MAX", 10)
     answered(tmp_path, "2", "a", [(f"r{i}", 0, 0.9, 1001.0 + i) for i in range(50)])
     assert ask(LabelledAnswers(tmp_path)).waiting == 10
+
+
+def test_what_one_rollout_has_counted_stays_while_another_asks(tmp_path: Path) -> None:
+    """The servers delete the oldest rows meanwhile. Who has not asked for long has ended, and is forgotten."""
+    answered(tmp_path, "2", "a", [("x", 0, 0.9, 1001.0)])
+    LabelStore(tmp_path).add("flights", csv(tmp_path, "request_id,label\nx,1\n"))
+    reader = LabelledAnswers(tmp_path)
+    assert ask(reader).candidate.n == 1
+    reader.outcomes("another", "1", "2", "accuracy", SINCE, 1e10)
+    shutil.rmtree(tmp_path / "samples")
+    assert ask(reader).candidate.n == 1
+    for counted in reader._counted.values():
+        counted.asked -= 3600.0
+    reader.outcomes("another", "1", "2", "accuracy", SINCE, 1e10)
+    assert [key[0] for key in reader._counted] == ["another"]
 
 
 class TestLocalOutcomes(OutcomesContract):
