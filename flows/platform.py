@@ -14,6 +14,7 @@ from rich.console import Console
 
 from flows.settings import Settings
 from flows.wiring import located, platform, ready, supervisor_of
+from serving.log import say
 from tasks.ports import BadInput, PortError
 
 _DETACH_S = 180.0
@@ -37,12 +38,12 @@ def up(settings: Settings, detach: bool, out: Console, err: Console) -> int:
         _say_where(settings, out)
         while True:
             for line in local.supervise():
-                out.print(f"  {time.strftime('%H:%M:%S')} {line}", markup=False)
+                say(f"  {time.strftime('%H:%M:%S')} {line}")
             time.sleep(0.2)
     except KeyboardInterrupt:
         return 0
     finally:
-        out.print("stopping ...")
+        say("stopping ...")
         local.stop()
 
 

@@ -36,6 +36,7 @@ from flows.wiring import connect, herald, links
 from policies.events import Phase
 from policies.policy import Policy
 from policies.rollout import Rollout, due
+from serving.log import say
 from tasks.deployment import undeploy
 from tasks.outcome import set_champion
 from tasks.ports import Entry, NotThere, PortError, Ports
@@ -167,16 +168,12 @@ def keep_reconciling(every_s: float = _EVERY_S) -> NoReturn:
                 drive=drivers,
                 watched=watched,
                 cancelled=cancelled,
-                say=_print,
+                say=say,
             )
             at_once = False
         except PortError as exc:
-            _print(f"nothing could be done: {exc}")
+            say(f"nothing could be done: {exc}")
         time.sleep(every_s)
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)  # noqa: T201 - this is the process's log
 
 
 def side_by_side(jobs: Jobs) -> None:
