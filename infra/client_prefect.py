@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from tasks.ports import PortError
 
 if TYPE_CHECKING:
+    import httpx
     from prefect.context import SettingsContext
     from prefect.settings import Settings
 
+_BUSY = {408, 429, 502, 503}
 _made: tuple[Settings, Settings] | None = None  # Prefect's settings as they were, and those made of them
 
 
@@ -32,7 +34,10 @@ def client(timeout_s: float, failed: str = "the Prefect server does not do what 
     try:
         with (
             _asking_once() as context,  # in this thread's context alone
-            get_client(sync_client=True, httpx_settings={"timeout": timeout_s, **_tls(context.settings)}) as made,
+            get_client(
+                sync_client=True,
+                httpx_settings={"timeout": timeout_s, "event_hooks": {"response": [_say_no]}, **_tls(context.settings)},
+            ) as made,
         ):
             yield made
     except (httpx.HTTPError, PrefectHTTPStatusError) as exc:
@@ -52,6 +57,12 @@ def _asking_once() -> SettingsContext:
     if kept is None or kept[0] is not here.settings:
         kept = _made = here.settings, here.settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: 0})
     return SettingsContext(profile=here.profile, settings=kept[1])
+
+
+def _say_no(response: httpx.Response) -> None:
+    """A server that is busy says no at once: Prefect's client sleeps before a second try, also where there is none."""
+    if response.status_code in _BUSY:
+        response.raise_for_status()
 
 
 def _tls(settings: Settings) -> dict[str, ssl.SSLContext]:

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
@@ -38,17 +38,24 @@ def hung() -> Iterator[str]:
 @pytest.fixture
 def empty() -> Iterator[str]:
     """A server that has nothing of what it is asked for."""
+    with refusing(404) as url:
+        yield url
 
-    class NotFound(BaseHTTPRequestHandler):
+
+@contextmanager
+def refusing(status: int) -> Iterator[str]:
+    """A server that says no to everything."""
+
+    class No(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_error(404)
+            self.send_error(status)
 
         def do_POST(self) -> None:
-            self.send_error(404)
+            self.send_error(status)
 
         def log_message(self, *_: object) -> None: ...
 
-    with HTTPServer(("127.0.0.1", 0), NotFound) as server:
+    with HTTPServer(("127.0.0.1", 0), No) as server:
         thread = threading.Thread(target=server.serve_forever, args=[0.05])
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/api"
@@ -71,6 +78,20 @@ def test_a_server_that_hangs_is_waited_for_once(
     with temporary_settings({PREFECT_API_URL: hung}), pytest.raises(PortError, match="timed out"):
         ask()
     assert time.monotonic() - since < 3 * _TIMEOUT_S
+
+
+def test_a_server_that_is_busy_says_no_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect's client sleeps for seconds after such an answer, and only then sees that it has no more tries."""
+    slept: list[float] = []
+    monkeypatch.setattr("prefect.client.base.time.sleep", slept.append)
+    with (
+        refusing(503) as busy,
+        temporary_settings({PREFECT_API_URL: busy}),
+        pytest.raises(PortError, match="503"),
+        prefect_client() as server,
+    ):
+        server.set_flow_run_state("8a3c2b1e-0000-4000-8000-000000000000", Crashed(), force=True)
+    assert slept == []
 
 
 def test_a_run_that_somebody_has_deleted_is_an_error_of_the_port(empty: str) -> None:
