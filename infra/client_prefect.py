@@ -61,8 +61,11 @@ def _asking_once() -> SettingsContext:
 
 def _say_no(response: httpx.Response) -> None:
     """A server that is busy says no at once: Prefect's client sleeps before a second try, also where there is none."""
+    import httpx
+
     if response.status_code in _BUSY:
-        response.raise_for_status()
+        said = f"it is busy: {response.status_code} for {response.url}"
+        raise httpx.HTTPStatusError(said, request=response.request, response=response)
 
 
 def _tls(settings: Settings) -> dict[str, ssl.SSLContext]:
