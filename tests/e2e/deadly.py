@@ -65,9 +65,13 @@ def pids_of(victim: str, model: str, candidate: str) -> list[int]:
     if victim.startswith("/"):
         return [int(Path(victim).read_text().split()[0])]
     addresses = located(Settings())
-    parts = {"Prefect server": "prefect", "MLflow server": "mlflow", "node agent": "serving.agent"}
+    parts = {
+        "Prefect server": {"prefect", "infra.server_prefect"},
+        "MLflow server": {"mlflow"},
+        "node agent": {"serving.agent"},
+    }
     if victim in parts:
-        return [pid for pid, command in _children(addresses.pid) if parts[victim] in command]
+        return [pid for pid, command in _children(addresses.pid) if not parts[victim].isdisjoint(command)]
     if victim not in ("Envoy", "canary server", "stable server"):
         raise ValueError(f"nobody is called '{victim}'")
     status = AgentClient(addresses.agent_home).status()

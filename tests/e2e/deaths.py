@@ -528,6 +528,10 @@ def play_on_own_platform(home: Path, files: Path, wanted: Sequence[Cell], lanes:
         why = chain_is_sound(platform)
     broken = sum(not result.kept for result in results) + bool(why)
     nobody = sum(result.met_nobody for result in results)
+    for victim in {result.cell.victim for result in results}:
+        if all(result.met_nobody for result in results if result.cell.victim == victim):
+            print(f"{victim}: no cell met one, so nothing was seen", flush=True)
+            broken += 1
     deaths = f"{len(results) - nobody} deaths, {nobody} where the victim was dead already"
     print(f"{deaths}; {broken} broken promises; the chain is {why or 'sound'}", flush=True)
     return broken
