@@ -22,6 +22,7 @@ from prefect import flow
 from flows.checks import Preparation, run_checks
 from flows.delivery import Delivery, request_submission
 from flows.form import PrefectForms
+from flows.leftovers import mend
 from flows.orders import abort, over
 from flows.publish import showing
 from flows.relay import Relay
@@ -30,16 +31,13 @@ from flows.rollout import Checks, Controller, Superseded, Watched, unwatched
 from flows.runner import Runner, directly, in_prefect, is_dead, whoami
 from flows.runs import cancelled, look_at_registry
 from flows.settings import Settings
-from flows.story import fold, policy_of, run_of, target_of
-from flows.turn import BEGIN_S
+from flows.story import fold, policy_of, run_of, state_of, target_of
 from flows.wiring import connect, herald, links
 from policies.events import Phase
 from policies.policy import Policy
 from policies.rollout import Rollout, due
 from serving.log import say
-from tasks.deployment import undeploy
-from tasks.outcome import set_champion
-from tasks.ports import Entry, NotThere, PortError, Ports
+from tasks.ports import Entry, PortError, Ports
 
 _LOOKS = 3.0  # so many looks without an entry, beyond the lease, and a rollout has no controller any more
 _EVERY_S = 5.0
@@ -100,10 +98,10 @@ class Drivers:
                 )
                 self._threads[name].start()
 
-    def wait(self, names: Collection[str] | None = None) -> None:
-        """Until these rollouts, by default all, are driven no more; raises what a job has raised."""
-        for name in self._threads if names is None else names:
-            self._threads[name].join()
+    def wait(self) -> None:
+        """Until all have ended; raises what a job has raised."""
+        for thread in self._threads.values():
+            thread.join()
         for error in self._errors:
             raise error
 
@@ -126,29 +124,20 @@ def reconcile(at_once: bool = False, crashed: str | None = None) -> dict[str, An
     Returns a `Pass` as a dictionary. Raises PortError if the ledger cannot be reached.
     """
     ports, drivers = connect(), Drivers()
-    checks_of, watched = partial(_checks, ports, in_prefect), partial(showing, ports.ledger, links)
-    done = reconcile_with(
-        ports,
-        whoami(),
-        in_prefect,
-        checks_of,
-        at_once,
-        drive=drivers,
-        watched=watched,
-        cancelled=cancelled,
-        crashed=crashed,
-    )
     try:
-        asked = look_at_registry(Settings())
-        done.started = asked.started
-        done.left.update(asked.left)
-    except PortError as exc:
-        done.leave("registry", str(exc))
-    try:
-        Relay(ports.ledger, herald(ports.ledger), PrefectForms()).pass_on()
-    except (PortError, ValueError) as exc:  # the latter: a ledger that does not fit, which `audit verify` tells
-        done.leave("events and forms", str(exc))
-    drivers.wait()
+        done = _pass(ports, in_prefect, at_once, drivers, crashed=crashed)
+        try:
+            asked = look_at_registry(Settings())
+            done.started = asked.started
+            done.left.update(asked.left)
+        except PortError as exc:
+            done.leave("registry", str(exc))
+        try:
+            Relay(ports.ledger, herald(ports.ledger), PrefectForms()).pass_on()
+        except (PortError, ValueError) as exc:  # the latter: a ledger that does not fit, which `audit verify` tells
+            done.leave("events and forms", str(exc))
+    finally:
+        drivers.wait()  # the end of this process would be theirs
     return asdict(done)
 
 
@@ -157,23 +146,18 @@ def keep_reconciling(every_s: float = _EVERY_S) -> NoReturn:
     at_once, drivers = True, Drivers()
     while True:
         try:
-            ports = connect()
-            checks_of, watched = partial(_checks, ports, directly), partial(showing, ports.ledger, links)
-            reconcile_with(
-                ports,
-                whoami(),
-                directly,
-                checks_of,
-                at_once,
-                drive=drivers,
-                watched=watched,
-                cancelled=cancelled,
-                say=say,
-            )
+            _pass(connect(), directly, at_once, drivers, say=say)
             at_once = False
         except PortError as exc:
             say(f"nothing could be done: {exc}")
         time.sleep(every_s)
+
+
+def _pass(ports: Ports, run: Runner, at_once: bool, drivers: Drivers, **more: Any) -> Pass:
+    checks_of, watched = partial(_checks, ports, run), partial(showing, ports.ledger, links)
+    return reconcile_with(
+        ports, whoami(), run, checks_of, at_once, drivers, watched=watched, cancelled=cancelled, **more
+    )
 
 
 def side_by_side(jobs: Jobs) -> None:
@@ -198,7 +182,7 @@ def reconcile_with(
 ) -> Pass:
     """One pass, on the given ports. What cannot be done now is named in `left`, and stands in nobody's way."""
     done = Pass(say=say)
-    going_back = [name for name in ports.ledger.unsettled() if _state(ports, name).phase is Phase.ROLLING_BACK]
+    going_back = [name for name in ports.ledger.unsettled() if state_of(ports.ledger, name).phase is Phase.ROLLING_BACK]
 
     def go_on(name: str, entries: Sequence[Entry]) -> None:
         me = f"{who}/{uuid.uuid4().hex[:6]}"
@@ -224,7 +208,7 @@ def reconcile_with(
     except PortError as exc:
         done.leave("routes", str(exc))
         return done
-    all_of([_job(done, model, partial(_mend, ports, model, who, run, done)) for model in models])
+    all_of([_job(done, model, partial(mend, ports, model, who, run, done.mend)) for model in models])
     return done
 
 
@@ -238,9 +222,6 @@ def _job(done: Pass, what: str, work: Callable[[], None]) -> Callable[[], None]:
             done.leave(what, str(exc))
 
     return job
-
-
-# ---------------------------------------------------------------- rollouts
 
 
 def _obey(ports: Ports, who: str, cancelled: Cancelled, done: Pass) -> set[str]:
@@ -258,7 +239,7 @@ def _obey(ports: Ports, who: str, cancelled: Cancelled, done: Pass) -> set[str]:
     except PortError as exc:
         done.leave("cancelled flow runs", str(exc))
         return set()
-    states = {of_run[run]: _state(ports, of_run[run]) for run in stopped}
+    states = {of_run[run]: state_of(ports.ledger, of_run[run]) for run in stopped}
     new = {name for name, state in states.items() if not state.ended and state.phase is not Phase.ROLLING_BACK}
     for name in new:
         _job(done, name, partial(abort, ports, name, who, "its flow run was cancelled"))()
@@ -337,85 +318,3 @@ def _checks(ports: Ports, run: Runner, entries: Sequence[Entry]) -> Checks:
         return run_checks(ports, policy, state, preparation, run)
 
     return checks
-
-
-# ---------------------------------------------------------------- what is left over
-
-
-def _mend(ports: Ports, model: str, who: str, run: Runner, done: Pass) -> None:
-    """Alias and processes of a model that has no rollout under way. It is claimed meanwhile, so that none begins."""
-    _free(ports, model)
-    if not _amiss(ports, model):
-        return
-    claim = f"mending/{model}/{who}/{uuid.uuid4().hex[:6]}"
-    if ports.ledger.claim(model, "local", claim) != claim:
-        return
-    try:
-        for what, work in _amiss(ports, model).items():
-            run(*work, name=what)
-            done.mend(f"{model}: {what}")
-    finally:
-        ports.ledger.release(model, "local", claim)
-
-
-def _free(ports: Ports, model: str) -> None:
-    """Releases a claim whose rollout is over, or never began: its controller died before it could."""
-    newest = next(iter(ports.ledger.rollouts(model)), None)
-    if newest in ports.ledger.unsettled():
-        return
-    mine = newest or f"mending/{model}"  # what is over does no harm if it gets the claim
-    holder = ports.ledger.claim(model, "local", mine)
-    state = fold(ports.ledger.read(holder))
-    if holder != mine and state is None:
-        ports.clock.sleep(BEGIN_S)
-        state = fold(ports.ledger.read(holder))
-    if state is None or over(state):
-        ports.ledger.release(model, "local", holder, unbegun=state is None)
-
-
-def _amiss(ports: Ports, model: str) -> dict[str, tuple[Any, ...]]:
-    """What is to be mended, with the task and its arguments."""
-    route = ports.router.current(model)
-    if route is None or route.candidate is not None:
-        return {}
-    if any(_state(ports, name).model == model for name in ports.ledger.unsettled()):
-        return {}
-    found: dict[str, tuple[Any, ...]] = {}
-    for version in ports.target.running(model):
-        if version != route.stable:
-            found[f"undeploy v{version}"] = (undeploy, ports.target, model, version)
-    for version in ports.target.running(f"{model}.trial"):
-        found[f"end trial of v{version}"] = (undeploy, ports.target, model, version, True)
-    proven, previous = _last_proven(ports, model)
-    if proven is not None and proven == route.stable and _champion(ports, model) != proven:
-        found[f"champion is v{proven}"] = (set_champion, ports.registry, model, proven, previous)
-    return found
-
-
-def _last_proven(ports: Ports, model: str) -> tuple[str | None, str | None]:
-    """The version that the ledger says should serve, and the one before it.
-
-    It is that of the newest promoted rollout (each waits for the one before); where none was ever promoted, the one
-    that served when the first began.
-    """
-    first = None
-    for name in ports.ledger.rollouts(model):
-        state = _state(ports, name)
-        if state.phase is Phase.PROMOTED:
-            return state.candidate, state.stable
-        first = state.stable
-    return first, None
-
-
-def _state(ports: Ports, name: str) -> Rollout:
-    state = fold(ports.ledger.read(name))
-    assert state is not None  # only rollouts that were requested are listed
-    return state
-
-
-def _champion(ports: Ports, model: str) -> str | None:
-    try:
-        named = ports.registry.by_alias(model, "champion")
-    except NotThere:
-        return None
-    return named.version if named else None

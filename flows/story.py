@@ -11,7 +11,7 @@ from policies.evidence import Counts, Evidence
 from policies.policy import Policy
 from policies.rollout import OUTCOMES, Rollout, step
 from policies.verdict import GateReport, Verdict
-from tasks.ports import Entry, Look, Page, Story
+from tasks.ports import Entry, Ledger, Look, Page, Story
 
 
 def policy_of(entries: Sequence[Entry]) -> Policy:
@@ -48,6 +48,13 @@ def fold(entries: Sequence[Entry]) -> Rollout | None:
         if len(_folded) >= _FOLDED_MAX:
             _folded.clear()
         _folded[entries[-1].hash] = state
+    return state
+
+
+def state_of(ledger: Ledger, name: str) -> Rollout:
+    """The state of a rollout that the ledger lists. Raises PortError if the ledger cannot be read."""
+    state = fold(ledger.read(name))
+    assert state is not None  # only rollouts that were requested are listed
     return state
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flows import reconcile, rollout, turn
+from flows import leftovers, rollout, turn
 from policies import rollout as machine
 from policies.events import Do, Done, Failed, Looked, Phase, from_body
 from policies.verdict import Verdict
@@ -93,7 +93,7 @@ def a_claim_that_is_released_early(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_claim_that_is_never_released(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(reconcile, "_free", lambda *_given: None)
+    patch.setattr(leftovers, "_free", lambda *_given: None)
 
 
 def a_promotion_without_its_gates(patch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -160,21 +161,21 @@ def test_a_rollout_that_waits_for_people_before_anything_is_live_is_driven_once_
 
 
 def test_a_rollout_that_takes_days_keeps_no_pass_and_no_other_rollout_waiting() -> None:
-    free, driven, drivers = threading.Event(), list[str](), Drivers()
+    free, driven, drivers = threading.Event(), SimpleQueue[str](), Drivers()
 
     def waits() -> None:
-        driven.append("long")
+        driven.put("long")
         free.wait(20.0)
 
-    for _ in range(3):  # passes, each of which finds it without an entry for long
-        drivers({"long": waits, "short": partial(driven.append, "short")})
-        drivers.wait(("short",))
-    assert sorted(driven) == ["long", "short", "short", "short"]
+    drivers({"long": waits})
+    assert driven.get(timeout=20.0) == "long"
+    for each in ("first", "second"):  # passes, each of which finds the long one without an entry, too
+        drivers({"long": partial(driven.put, "long again"), each: partial(driven.put, each)})
+        assert driven.get(timeout=20.0) == each
     free.set()
     drivers.wait()
-    drivers({"long": partial(driven.append, "long again")})
-    drivers.wait()
-    assert driven[-1] == "long again"
+    drivers({"long": partial(driven.put, "long again")})
+    assert driven.get(timeout=20.0) == "long again", "once it is driven no more"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
