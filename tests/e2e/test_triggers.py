@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,11 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         yield made
 
 
-def ask(platform: Platform, folder: Path) -> tuple[Any, str]:
-    """Registers the model and sets the alias, as anybody would who does not know lockgate; client and version."""
+Ask = Callable[[Platform, Path], tuple[Any, str]]  # MLflow's client, and the version
+
+
+def registered(platform: Platform, folder: Path) -> tuple[Any, str]:
+    """The model, registered as anybody would who does not know lockgate; MLflow's client, and the version."""
     import mlflow
     import onnx
 
@@ -51,9 +54,28 @@ def ask(platform: Platform, folder: Path) -> tuple[Any, str]:
     mlflow.set_experiment("training")
     with mlflow.start_run():
         logged = mlflow.onnx.log_model(onnx.load(folder / "model.onnx"), name="model", pip_requirements=["onnxruntime"])
-    version = mlflow.register_model(logged.model_uri, "toy").version
+    return client, str(mlflow.register_model(logged.model_uri, "toy").version)
+
+
+def ask(platform: Platform, folder: Path) -> tuple[Any, str]:
+    """The model, registered, and asked for by the alias."""
+    client, version = registered(platform, folder)
     client.set_registered_model_alias("toy", "candidate", version)
-    return client, str(version)
+    return client, version
+
+
+def prefect(platform: Platform, *arguments: str) -> None:
+    """Prefect's own command line."""
+    environment = {**os.environ, "PREFECT_API_URL": f"http://127.0.0.1:{platform.ports['PREFECT']}/api"}
+    command = [sys.executable, "-m", "prefect", *arguments]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+
+
+def ask_by_hand(platform: Platform, folder: Path) -> tuple[Any, str]:
+    """The model, registered, and delivered by Prefect's command line."""
+    client, version = registered(platform, folder)
+    prefect(platform, "deployment", "run", "deliver/deliver", "-p", "model=toy", "-p", f"version={version}")
+    return client, version
 
 
 def settled(client: Any, version: str) -> dict[str, str]:
@@ -191,7 +213,7 @@ def states(platform: Platform) -> dict[str, str]:
     return {run["id"]: run["state_type"] for run in found if "toy" in run["name"]}
 
 
-def in_shadow(platform: Platform, seed: int) -> tuple[Any, str, str]:
+def in_shadow(platform: Platform, seed: int, ask: Ask = ask) -> tuple[Any, str, str]:
     """A version that waits in its shadow stage, for want of traffic: MLflow's client, its number, its run's id."""
     before = states(platform)
     client, version = ask(platform, toy.make(platform.files / f"v{seed}", seed=seed))
@@ -201,17 +223,15 @@ def in_shadow(platform: Platform, seed: int) -> tuple[Any, str, str]:
 
 
 def test_who_cancels_the_flow_run_takes_the_traffic_back(platform: Platform) -> None:
-    client, version, run = in_shadow(platform, 11)
-    command = [sys.executable, "-m", "prefect", "flow-run", "cancel", run]
-    url = f"http://127.0.0.1:{platform.ports['PREFECT']}/api"
-    subprocess.run(command, env={**os.environ, "PREFECT_API_URL": url}, check=True, capture_output=True, timeout=60)
-    tags = settled(client, version)
-    assert tags["lockgate.outcome"] in ("rolled_back", "cancelled"), tags
+    client, version, run = in_shadow(platform, 11, ask_by_hand)
+    prefect(platform, "flow-run", "cancel", run)
     wait_until(lambda: outcome_of(platform, version) == "rolled back: abort ordered: its flow run was cancelled", 60)
     wait_until(lambda: states(platform)[run] == "CANCELLED", 60)
     wait_until(lambda: any(line.startswith("cancelled: ") for line in said(platform, run)), 30, "the hook")
-    url = f"{url}/flow_runs/{run}"
+    url = f"http://127.0.0.1:{platform.ports['PREFECT']}/api/flow_runs/{run}"
     wait_until(lambda: httpx.get(url).json()["name"].endswith("rolled back"), 30, "the run's name")
+    wait_until(lambda: "lockgate.outcome" in client.get_model_version("toy", version).tags, 30, "the registry is told")
+    assert client.get_model_version("toy", version).tags["lockgate.outcome"] == "rolled_back"
 
 
 def test_worker_and_delivery_killed_together_leave_no_run_that_nobody_ends(platform: Platform) -> None:
