@@ -26,7 +26,8 @@ from flows.story import fold, story_of
 from flows.triggers import REGISTRY
 from flows.turn import refuse_pointless, refuse_unsigned, start
 from flows.wiring import connect, herald, links
-from policies.policy import Policy, PolicyError, Trigger, parse
+from policies.policy import Policy, PolicyError, Trigger
+from policies.policy_yaml import parse
 from policies.rollout import OUTCOMES, Rollout
 from tasks.outcome import settle
 from tasks.ports import BadInput, NotThere, PortError, Ports, Refused, Story

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from policies import policy
 from policies.policy import Policy, PolicyError
+from policies.policy_yaml import parse
 from tasks.ports import BadInput
 
 LIBRARY = Path(policy.__file__).parent / "library"
@@ -28,7 +29,7 @@ def find(shelf: Path, wanted: str) -> Found:
     Raises BadInput if there is none, PolicyError if it is not sound.
     """
     if "\n" in wanted:
-        return Found(policy.parse(wanted), wanted, shelf)
+        return Found(parse(wanted), wanted, shelf)
     named = (Path(wanted).expanduser(), shelf / f"{wanted}.yaml", LIBRARY / f"{wanted}.yaml")
     return read(next((path for path in named if path.is_file()), named[0]), wanted, shelf)
 
@@ -47,7 +48,7 @@ def read(path: Path, wanted: str, shelf: Path) -> Found:
     except (OSError, UnicodeDecodeError) as exc:
         raise BadInput(f"policy {wanted} cannot be read ({exc}); known by name: {', '.join(known(shelf))}") from exc
     path = path.absolute()
-    return Found(policy.parse(text, str(path)), text, path.parent, path)
+    return Found(parse(text, str(path)), text, path.parent, path)
 
 
 def known(shelf: Path) -> list[str]:

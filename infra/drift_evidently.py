@@ -4,7 +4,7 @@ Evidently takes 5 to 15 s to import and 300 MB, so its only importer is a worker
 it is first needed (`warm` starts it earlier), and ends with `close`. Evidently gives the distance; what that distance
 would be by chance comes from a permutation test of the pooled rows, since Evidently's own default tests raise an alarm
 on equal windows too often or see too little, depending on the number of rows. Missing values, which Evidently drops
-silently, are counted here.
+silently, are counted beside it.
 
 A text column is compared as categories, for which `psi`, `jensenshannon` and `hellinger` are defined.
 """
@@ -17,21 +17,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from infra.drift_resampling import Distance, by_repeating, drawn, present, shuffled, wasserstein, windows
+from infra.drift_worker import Columns
 from policies import shifts
-from policies.evidence import ColumnDrift, Drift
+from policies.evidence import Drift
 from tasks.ports import BadInput, NotThere, PortError
 
 if TYPE_CHECKING:
@@ -39,19 +37,10 @@ if TYPE_CHECKING:
 
 METHODS = ("wasserstein", "ks", "psi", "jensenshannon", "hellinger")
 _FOR_TEXT = ("psi", "jensenshannon", "hellinger")
-_UPPER_SD = 2.33  # the normal quantile of 99 %
 _REPORT_ROWS = 2000
 _REPORT_TIMEOUT_S = 180.0
 _POLL_S = 0.01
 _ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A window's values by column, as the worker takes them; missing values are NaN or None."""
-
-    values: Mapping[str, NDArray[Any]]
-    rows: int
 
 
 @dataclass
@@ -179,7 +168,7 @@ class EvidentlyDrift:
             ours, theirs = Pipe()
             descriptor = theirs.fileno()
             process = subprocess.Popen(
-                [sys.executable, "-m", "infra.drift_evidently", str(descriptor)],
+                [sys.executable, "-m", "infra.drift_worker", str(descriptor)],
                 pass_fds=(descriptor,),
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": str(_ROOT), "DO_NOT_TRACK": "1", "MPLBACKEND": "Agg"},
@@ -266,145 +255,3 @@ def _array(column: pa.ChunkedArray, name: str, method: str) -> NDArray[Any]:
     if method not in _FOR_TEXT:
         raise BadInput(f"column '{name}' is text; compare it by {', '.join(_FOR_TEXT)} instead of {method}")
     return np.array(column.to_pylist(), dtype=object)
-
-
-# ---------------------------------------------------------------- within the worker
-
-
-def listen(connection: Connection, questions: SimpleQueue[Any]) -> None:
-    """Takes questions in as they come, so that nobody waits to be rid of one; None when the other side is gone."""
-    try:
-        while True:
-            questions.put(connection.recv())
-    except (EOFError, OSError):
-        questions.put(None)
-
-
-def work(connection: Connection, questions: SimpleQueue[Any]) -> None:
-    """Answers questions until the other side is gone."""
-    import warnings
-
-    warnings.simplefilter("ignore")
-    while (question := questions.get()) is not None:
-        number, kind, body = question
-        try:
-            answer: Any = compare(*body) if kind == "compare" else _write_report(*body)
-            error = None
-        except Exception as exc:  # noqa: BLE001 - whatever Evidently raises is the answer to this question, not our end
-            answer, error = None, f"{type(exc).__name__}: {' '.join(str(exc).split())}"
-        try:
-            connection.send((number, error, answer))
-        except OSError:
-            return  # nobody waits for it any more
-
-
-def compare(reference: Columns, current: Columns, method: str, permutations: int, seed: int = 0) -> Drift:
-    """The comparison itself; see `EvidentlyDrift.compare`. Imports Evidently."""
-    generator = np.random.default_rng(seed)
-    names = list(reference.values)
-    seen, measures = np.zeros(len(names)), []
-    for i, name in enumerate(names):
-        sides = reference.values[name], current.values[name]
-        pooled = np.concatenate(sides)
-        if not present(pooled).any():
-            raise ValueError(f"column '{name}' has nothing but missing values")
-        distance = _distance(method, pooled)
-        both = by_repeating(distance, pooled)
-        seen[i] = both(*windows(reference.rows, current.rows))
-        if not np.isfinite(seen[i]):
-            raise ValueError(f"the {method} distance of column '{name}' is not finite")
-        measures.append(wasserstein(pooled) if method == "wasserstein" else both)
-    rows = reference.rows, current.rows
-    p_values, chance = shuffled(measures, *rows, permutations, generator)
-    anew = drawn(measures, *rows, generator)
-    mean, error = anew.mean(axis=0), anew.std(axis=0, ddof=1)
-    # Distances of rows drawn anew are larger than the windows' own by the noise of a second sampling, which makes the
-    # limit a safe one: windows a threshold apart were called nearer in 1 to 2 % of the comparisons (500 to 4,000 rows).
-    high = np.maximum(mean + _UPPER_SD * error, seen)
-    columns = tuple(
-        ColumnDrift(
-            column=name,
-            method=method,
-            statistic=float(seen[i]),
-            p_value=float(p_values[i]),
-            missing_stable=_missing(reference.values[name]),
-            missing_candidate=_missing(current.values[name]),
-            high=float(high[i]),
-            error=float(error[i]),
-            bias=max(float(mean[i] - seen[i]), 0.0),
-        )
-        for i, name in enumerate(names)
-    )
-    return Drift(*rows, columns, float(chance), 1.0 / (permutations + 1))
-
-
-def _distance(method: str, sample: NDArray[Any]) -> Distance:
-    """Evidently's statistic, set explicitly (its default changes with the number of rows)."""
-    import pandas as pd
-    from scipy.stats import ks_2samp
-
-    if method == "ks":
-        # Evidently's `ks` gives the p-value of this very function; a distance is needed here.
-        return lambda first, second: float(ks_2samp(first, second).statistic)
-    from evidently.legacy.calculations.stattests import get_stattest
-    from evidently.legacy.core import ColumnType
-
-    kind = ColumnType.Categorical if sample.dtype == object else ColumnType.Numerical
-    test = get_stattest(pd.Series(sample[:2]), pd.Series(sample[:2]), kind, method)
-    return lambda first, second: float(test.func(pd.Series(first), pd.Series(second), kind, 0.1)[0])
-
-
-def _missing(values: NDArray[Any]) -> float:
-    return 1.0 - float(present(values).sum()) / max(values.size, 1)
-
-
-def _write_report(reference: Columns, current: Columns, path: str, kept: tuple[str, str, float] | None) -> str:
-    """Evidently's drift report; for people, not for verdicts."""
-    import pandas as pd
-    from evidently import DataDefinition, Dataset, Report
-    from evidently.presets import DataDriftPreset
-
-    names = [name for name in reference.values if present(reference.values[name]).any()]
-    names = [name for name in names if present(current.values[name]).any()]
-    definition = DataDefinition(
-        numerical_columns=[name for name in names if reference.values[name].dtype != object],
-        categorical_columns=[name for name in names if reference.values[name].dtype == object],
-    )
-    frames = [
-        Dataset.from_pandas(pd.DataFrame({name: window.values[name] for name in names}), data_definition=definition)
-        for window in (current, reference)
-    ]
-    aside = f"{path}.part"
-    timestamp = datetime.fromtimestamp(kept[2], UTC).replace(tzinfo=None) if kept else None  # Evidently's are naive
-    run = Report([DataDriftPreset()], include_tests=False).run(frames[0], frames[1], timestamp=timestamp)
-    run.save_html(aside)
-    Path(aside).replace(path)
-    if kept is not None:
-        _keep(run, *kept[:2])
-    return path
-
-
-def _keep(run: Any, folder: str, name: str) -> None:
-    """The run in the workspace's project of that name, which is made if it is not there."""
-    from evidently.ui.workspace import Workspace
-
-    workspace = Workspace.create(folder)
-    found = workspace.search_project(name)
-    project = found[0] if found else workspace.create_project(name)
-    workspace.add_run(project.id, run)
-
-
-def main(descriptor: int) -> None:
-    """The worker's life: import first, so that the first question need not wait for it."""
-    os.nice(10)  # a comparison may be late; the requests that it is about may not
-    os.dup2(2, 1)  # what a vendor prints is for the log
-    questions: SimpleQueue[Any] = SimpleQueue()
-    with Connection(descriptor) as connection:
-        threading.Thread(target=listen, args=[connection, questions], name="questions", daemon=True).start()
-        import evidently.legacy.calculations.stattests  # noqa: F401
-
-        work(connection, questions)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

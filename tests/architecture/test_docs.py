@@ -10,7 +10,8 @@ import typer.main
 
 from flows.cli import app
 from flows.settings import Settings
-from policies.policy import parse, schema
+from policies.policy import schema
+from policies.policy_yaml import parse
 from policies.transitions import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,8 @@ from scipy.stats import beta
 from policies import gates, stats
 from policies.events import Phase
 from policies.plan import Plan, plan
-from policies.policy import Policy, parse
+from policies.policy import Policy
+from policies.policy_yaml import parse
 from policies.stats import Margin
 from policies.verdict import Verdict
 from tests.benchmarks import drifting, faulty, outages, remedies

@@ -13,7 +13,8 @@ from typing import Any
 from policies import gates
 from policies.evidence import LATENCY_EDGES_MS, ColumnDrift, Counts, Drift, Evidence, Outcomes, Pairs, Sums
 from policies.gates import State
-from policies.policy import Policy, parse
+from policies.policy import Policy
+from policies.policy_yaml import parse
 from policies.verdict import GateReport, Verdict, worst
 
 GATES = ("errors", "latency", "drift", "disagreement", "quality")

@@ -123,7 +123,7 @@ def _apart(ahead: Any, places: Any, n: int, m: int) -> Any:
 
 
 def compare(first: Array, second: Array, generator: np.random.Generator, permutations: int = 1999) -> Drift:
-    """What `infra.drift_evidently.compare` does for one column (its upper limit aside).
+    """What `infra.drift_worker.compare` does for one column (its upper limit aside).
 
     The permuted distances are over the pooled windows' standard deviation instead of the permuted reference's own.
     """

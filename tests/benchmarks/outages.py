@@ -14,7 +14,7 @@ from policies import gates, rollout
 from policies.events import Checked, Done, Event, Looked, Phase, Requested
 from policies.evidence import Evidence
 from policies.gates import State
-from policies.policy import parse
+from policies.policy_yaml import parse
 from policies.rollout import Rollout
 from policies.verdict import Verdict, worst
 from tests.benchmarks.faulty import healthy

@@ -9,7 +9,8 @@ import numpy as np
 
 from policies import gates
 from policies.evidence import Evidence
-from policies.policy import Policy, parse
+from policies.policy import Policy
+from policies.policy_yaml import parse
 from policies.verdict import Verdict
 from tests.benchmarks.faulty import counts
 

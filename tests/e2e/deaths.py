@@ -38,7 +38,8 @@ from infra import health_local
 from infra.agent_client import AgentClient
 from policies import audit
 from policies.events import Checked, Do, Done, Looked, Phase, Requested
-from policies.policy import Policy, parse
+from policies.policy import Policy
+from policies.policy_yaml import parse
 from policies.rollout import Rollout, step, terms
 from policies.verdict import Verdict
 from tasks.ports import Entry, PortError

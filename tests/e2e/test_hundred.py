@@ -23,7 +23,7 @@ from flows.turn import start
 from infra.ledger_sql import SqlLedger
 from policies import audit, rollout
 from policies.events import Phase, from_body
-from policies.policy import parse
+from policies.policy_yaml import parse
 from policies.rollout import Rollout
 from policies.verdict import GateReport, Verdict
 from tasks.ports import Entry

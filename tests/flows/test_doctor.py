@@ -22,7 +22,7 @@ from flows.story import fold
 from infra import health_local as health
 from infra.platform_local import free_port, running
 from policies.events import Checked, Do, Done, Phase, Requested, to_body
-from policies.policy import parse
+from policies.policy_yaml import parse
 from policies.rollout import terms
 from policies.traffic import Route
 from policies.verdict import Verdict

@@ -12,7 +12,7 @@ import pytest
 from flows import cli
 from flows.planning import measure
 from policies.evidence import Counts
-from policies.policy import parse
+from policies.policy_yaml import parse
 from tasks.ports import NotThere
 from tests.stories.world import MODEL, World
 

@@ -8,7 +8,7 @@ import pytest
 
 from flows.policy import for_model, shelf_in
 from flows.rehearse import rehearse
-from policies.policy import parse
+from policies.policy_yaml import parse
 from tasks.ports import BadInput
 
 POLICY = "policy: p\nmodel: theirs\nrollout: {stages: [canary: {weight: 10, for: 5s}]}\n"

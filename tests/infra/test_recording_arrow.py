@@ -13,7 +13,7 @@ import pytest
 
 from infra.inspector_onnx import OnnxInspector
 from infra.recording_arrow import ArrowRecordings, Candidate
-from policies.policy import parse
+from policies.policy_yaml import parse
 from policies.rehearsal import rehearse
 from tasks.ports import NotThere, PortError
 from tests.infra.onnx_models import logistic, save

@@ -8,7 +8,8 @@ from dataclasses import asdict
 import pytest
 
 from policies.audience import Audience
-from policies.policy import PolicyError, parse
+from policies.policy import PolicyError
+from policies.policy_yaml import parse
 from policies.traffic import Key, Route, Rule, route_of
 from policies.words import explain
 

@@ -25,7 +25,8 @@ from policies.events import (
     to_body,
 )
 from policies.freeze import Window, until, why, window
-from policies.policy import PolicyError, parse
+from policies.policy import PolicyError
+from policies.policy_yaml import parse
 from policies.rollout import Illegal, Rollout, due, step, terms
 from policies.verdict import Verdict
 from policies.words import explain

@@ -11,7 +11,8 @@ import pytest
 from policies import gates
 from policies.evidence import LATENCY_EDGES_MS, ColumnDrift, Counts, Drift, Evidence, Pairs
 from policies.gates import State
-from policies.policy import Policy, parse
+from policies.policy import Policy
+from policies.policy_yaml import parse
 from policies.verdict import GateReport, Verdict, worst
 
 POLICY = """

@@ -11,7 +11,8 @@ import pytest
 from policies import gates, labels
 from policies.evidence import NONE, Counts, Evidence, Outcomes, Sums
 from policies.labels import Learned
-from policies.policy import Labelled, Policy, parse
+from policies.policy import Labelled, Policy
+from policies.policy_yaml import parse
 from policies.verdict import GateReport, Verdict
 
 ROLLOUTS, LOOKS = 1500, 60

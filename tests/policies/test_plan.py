@@ -9,7 +9,8 @@ import pytest
 
 from policies import gates, rates
 from policies.plan import duration, plan
-from policies.policy import Policy, parse
+from policies.policy import Policy
+from policies.policy_yaml import parse
 from tests.benchmarks.judges import blank
 
 POLICY = """

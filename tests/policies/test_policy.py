@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from policies import policy
-from policies.policy import Policy, PolicyError, parse
+from policies.policy import Policy, PolicyError
+from policies.policy_yaml import parse
 from policies.words import explain
 
 SOUND = """

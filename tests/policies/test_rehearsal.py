@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from policies.evidence import ColumnDrift, Drift
-from policies.policy import parse
+from policies.policy_yaml import parse
 from policies.rehearsal import Recording, Rehearsal, rehearse
 
 POLICY = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from policies.policy import parse
+from policies.policy_yaml import parse
 from policies.words import duration, explain
 
 SOUND = """

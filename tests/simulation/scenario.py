@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass, field
 from functools import cache
 
-from policies.policy import Policy, parse
+from policies.policy import Policy
+from policies.policy_yaml import parse
 from tests.simulation.chaos import KINDS, Weather
 
 _STAGES = (

@@ -15,7 +15,7 @@ from flows.story import fold
 from flows.turn import BEGIN_S, _wait_turn, _Waiting, refuse_unsigned, start
 from policies.events import Phase
 from policies.evidence import Counts
-from policies.policy import parse
+from policies.policy_yaml import parse
 from policies.traffic import Route
 from policies.verdict import GateReport, Verdict
 from tasks.ports import ModelVersion, PortError, Refused, Signature, Submission

@@ -7,7 +7,8 @@ from typing import Any
 
 from flows.rollout import Controller, Progress
 from policies.events import Requested, to_body
-from policies.policy import Policy, parse
+from policies.policy import Policy
+from policies.policy_yaml import parse
 from policies.rollout import Rollout, terms
 from policies.traffic import Route
 from policies.verdict import GateReport, Verdict
