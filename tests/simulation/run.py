@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -24,6 +24,7 @@ from tests.simulation.world import Run
 
 REPLAY = 'make simulate ARGS="--seed {seed} --rollouts 1"'
 _PART = 50  # runs that a process is given at a time
+_SAID_EVERY_S = 30.0
 
 
 @dataclass
@@ -46,18 +47,51 @@ class Tally:
     def lines(self) -> list[str]:
         """For people: the figures, then each broken seed with the command that replays it."""
         ended = ", ".join(f"{count} {name}" for name, count in sorted(self.outcomes.items()))
-        said = [f"{self.rollouts} rollouts in {self.runs} runs, {self.seconds:.0f} s: {ended}"]
+        return [f"{self.rollouts} rollouts in {self.runs} runs, {self.seconds:.0f} s: {ended}", *self.broken_lines()]
+
+    def broken_lines(self) -> list[str]:
+        """For people: each broken seed with what it broke and the command that replays it."""
+        said = []
         for seed, what in self.broken.items():
             said += [f"seed {seed}: {each}" for each in what]
             said.append(f"  replay: {REPLAY.format(seed=seed)}")
         return said
 
 
-def simulate(rollouts: int, base: int, broken_max: int = 10, processes: int | None = None) -> Tally:
-    """Seeds from `base` on, until so many rollouts have ended, or so many seeds have broken a promise."""
+class Progress:
+    """Says how far a long run is: every half minute on stderr, and a broken seed as soon as it is known."""
+
+    def __init__(self, rollouts: int) -> None:
+        self._rollouts, self._began, self._said = rollouts, time.perf_counter(), 0.0
+
+    def __call__(self, part: Tally, tally: Tally) -> None:
+        """`part` has just been taken into `tally`."""
+        for line in part.broken_lines():
+            print(line, file=sys.stderr, flush=True)
+        elapsed = time.perf_counter() - self._began
+        if elapsed - self._said >= _SAID_EVERY_S:
+            self._said = elapsed
+            broken = f"{len(tally.broken)} seeds broken" if tally.broken else "none broken"
+            done = f"{tally.rollouts:,} of {self._rollouts:,} rollouts"
+            print(f"{done}, {elapsed:.0f} s, {broken}", file=sys.stderr, flush=True)
+
+
+def simulate(
+    rollouts: int,
+    base: int,
+    broken_max: int = 10,
+    processes: int | None = None,
+    progress: Callable[[Tally, Tally], None] | None = None,
+) -> Tally:
+    """Seeds from `base` on, until so many rollouts have ended, or so many seeds have broken a promise.
+
+    `progress` is told of each part and of all that is known with it.
+    """
     tally, began = Tally(), time.perf_counter()
     for part in _parts(base, rollouts, processes or len(os.sched_getaffinity(0))):
         tally.add(part)
+        if progress is not None:
+            progress(part, tally)
         if tally.rollouts >= rollouts or len(tally.broken) >= broken_max:
             break
     tally.seconds = time.perf_counter() - began
@@ -115,7 +149,7 @@ def main() -> int:
         return 1 if found else 0
     base = args.seed if args.seed is not None else time.time_ns() % 10**12
     print(f"base seed {base}", flush=True)
-    tally = simulate(args.rollouts, base, args.broken)
+    tally = simulate(args.rollouts, base, args.broken, progress=Progress(args.rollouts))
     print("\n".join(tally.lines()))
     return 1 if tally.broken else 0
 
