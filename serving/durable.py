@@ -197,9 +197,12 @@ class EventLog:
         self._path = path
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self._lines = 0
+        self._cut_off = False  # the file may end within a line: after a crash, or on a full disk
         if path.exists():
-            for line in path.read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError):  # the last line may be cut off by a crash
+            text = path.read_text(errors="replace")
+            self._cut_off = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
+                with contextlib.suppress(ValueError):  # a line that was cut off
                     self._events.append(json.loads(line))
                 self._lines += 1
 
@@ -215,10 +218,13 @@ class EventLog:
     def _write(self, event: dict[str, Any]) -> None:
         if self._lines >= 2 * EVENTS_KEPT:
             write_durably(self._path, b"".join(_line(kept) for kept in self._events))
-            self._lines = len(self._events)
+            self._lines, self._cut_off = len(self._events), False
             return
+        line = b"\n" + _line(event) if self._cut_off else _line(event)
         with self._path.open("ab") as file:
-            file.write(_line(event))
+            self._cut_off = True
+            file.write(line)
+        self._cut_off = False
         self._lines += 1
 
     def after(self, number: int) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,6 +117,23 @@ def test_events_are_numbered_through_restarts_and_bounded(tmp_path: Path) -> Non
     assert again.add("kind", "one more")["n"] == 3 * EVENTS_KEPT + 1
     assert [event["n"] for event in again.after(3 * EVENTS_KEPT - 1)] == [3 * EVENTS_KEPT, 3 * EVENTS_KEPT + 1]
     assert len(again.after(0)) == EVENTS_KEPT
+    assert EventLog(path).after(3 * EVENTS_KEPT)[0]["says"] == "one more"
+
+
+def test_an_event_after_one_that_a_full_disk_cut_off_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.add("kind", "first")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, before[1]))
+    try:
+        log.add("kind", "second")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes().splitlines()[1:] == [b'{"n": 2, ']
+    log.add("kind", "third")
+    assert [event["says"] for event in log.after(0)] == ["first", "second", "third"]
+    assert [event["says"] for event in EventLog(path).after(0)] == ["first", "third"]
 
 
 def test_an_event_that_cannot_be_written_is_still_told(tmp_path: Path) -> None:
