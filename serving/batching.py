@@ -35,12 +35,16 @@ class Limits:
     """Bounds of the queue and of one run.
 
     `inline_ms`: a run expected to take longer leaves the event loop for the worker thread.
+    `batch_s`: no job joins others in a run that is then expected to take longer: nobody waits that long for a stranger.
+    `run_s`: a run that has lasted longer is taken for one that hangs; no route waits half as long for an answer.
     """
 
     queue_rows: int = 4096
     queue_bytes: int = 256 * 2**20
     batch_rows: int = 1024
     inline_ms: float = 5.0
+    batch_s: float = 1.0
+    run_s: float = 60.0
 
 
 class Job:
@@ -123,12 +127,18 @@ class Batcher:
         self._row_s = model.row_s
         self._distrusted_until = 0.0
         self._busy = False  # a turn is scheduled, or the worker is running
+        self._given_at: float | None = None  # when the worker was given what it runs
         self._work: SimpleQueue[list[Job] | None] | None = None
 
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
         return not self._queue and not self._busy
+
+    @property
+    def hangs(self) -> bool:
+        """The worker has been running one batch for longer than any may take: the model may never return."""
+        return self._given_at is not None and perf_counter() - self._given_at > self._limits.run_s
 
     def submit(self, job: Job, at_once: bool = False) -> None:
         """Queues the job for the next turn of the loop, or for this one, where nothing else can come to join it.
@@ -181,6 +191,7 @@ class Batcher:
         if self._inline(self._metrics.running_rows):
             self._finish(batch, self._run(batch), inline=True)
         else:
+            self._given_at = perf_counter()
             self._worker().put(batch)
 
     def _take(self) -> list[Job]:
@@ -188,19 +199,22 @@ class Batcher:
         batch: list[Job] = []
         passed: list[Job] = []
         rows, now, alone = 0, perf_counter(), not self._model.signature.batch
+        rows_max = self._limits.batch_rows
+        if self._row_s:
+            rows_max = min(rows_max, int(self._limits.batch_s / self._row_s))
         while self._queue and len(passed) < _LOOKAHEAD:
             job = self._queue.popleft()
             if job.deadline is not None and job.deadline < now:
                 self._forget(job)
                 job.finish(Late((now - job.queued_at) * 1000))
                 continue
-            if batch and (job.key != batch[0].key or rows + job.rows > self._limits.batch_rows):
+            if batch and (job.key != batch[0].key or rows + job.rows > rows_max):
                 passed.append(job)
                 continue
             self._forget(job)
             batch.append(job)
             rows += job.rows
-            if alone or rows >= self._limits.batch_rows:
+            if alone or rows >= rows_max:
                 break
         self._queue.extendleft(reversed(passed))
         return batch
@@ -266,6 +280,7 @@ class Batcher:
 
     def _finish(self, batch: list[Job], ran: _Ran, inline: bool) -> None:
         self._metrics.running_rows = 0
+        self._given_at = None
         self._account(batch, ran, inline)
         for job, outcome in zip(batch, ran.outcomes, strict=True):
             job.finish(outcome)

@@ -108,6 +108,10 @@ class Server:
             await asyncio.sleep(_SWEEP_S)
             self._host.sweep()
             self._batcher.expire()
+            hangs = self._batcher.hangs
+            if hangs and self.metrics.ready:
+                complain(f"the model has been running for more than {self._settings.limits.run_s:g} s: not ready")
+            self.metrics.ready = not hangs and not self._host.draining
 
     async def _drain(self, listener: asyncio.Server) -> int:
         """Finishes what was accepted. New connections are refused; an answer on an old one closes it."""

@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-batching", dest="batching", action="store_false", help="run every request alone")
     add("--max-batch-rows", default=1024, type=_positive, help="rows per run")
     add("--inline-ms", default=5.0, type=float, help="a run expected to take longer runs in the worker thread")
+    add("--run-timeout", default=60.0, type=float, help="not ready while a run has lasted longer (seconds)")
     add("--samples", type=Path, metavar="DIR", help="keep sampled rows there, as Arrow files")
     add("--sample-share", default=1.0, type=_share, help="share of the requests whose rows are kept")
     add("--samples-max-mb", default=256, type=_positive, help="the oldest files are deleted beyond it")
@@ -107,7 +108,13 @@ def from_arguments(argv: Sequence[str] | None = None) -> Settings:
         session=SessionSettings(
             given.threads, tuple(given.providers.split(",")), given.graph_level, tuple(given.finite)
         ),
-        limits=Limits(given.max_queue_rows, given.max_queue_mb * 2**20, given.max_batch_rows, given.inline_ms),
+        limits=Limits(
+            given.max_queue_rows,
+            given.max_queue_mb * 2**20,
+            given.max_batch_rows,
+            given.inline_ms,
+            run_s=given.run_timeout,
+        ),
         http=HttpLimits(
             body_max=given.max_body_mb * 2**20,
             held_max=max(512, 2 * given.max_body_mb) * 2**20,

@@ -1,7 +1,7 @@
 """Keeps one process of a model server running: start, probe, restart with back-off, stop.
 
-A replica is ready while it answers `GET /v2/health/ready` with 200. One that stops answering is not ready after
-`PROBES_FAILED_MAX` probes, and is killed and started anew when it has been silent for `SILENT_S_MAX`.
+A replica is ready while it answers `GET /v2/health/ready` with 200. One that stops, because it is silent or because
+its model hangs, is not ready after `PROBES_FAILED_MAX` probes, and is killed and started anew after `SILENT_S_MAX`.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Replica:
         return command
 
     async def _watch(self, process: Process, session: aiohttp.ClientSession) -> None:
-        """Returns once the process has ended, on its own or because it was silent for too long."""
+        """Returns once the process has ended, on its own or because it was not ready for too long."""
         answered_at = time.monotonic()
         failed = 0
         been_ready = False
@@ -184,11 +184,11 @@ class Replica:
                 failed += 1
                 if failed >= PROBES_FAILED_MAX and self.ready:
                     self.ready = False
-                    self.why = f"did not answer {failed} probes in a row"
+                    self.why = f"was not ready at {failed} probes in a row"
                     self._tell("replica-silent", f"{self._name()} {self.why}", **self._facts())
                 if time.monotonic() - answered_at > (SILENT_S_MAX if been_ready else START_S_MAX):
                     self._tell(
-                        "replica-killed", f"{self._name()} was silent for too long and is killed", **self._facts()
+                        "replica-killed", f"{self._name()} was not ready for too long and is killed", **self._facts()
                     )
                     await process.stop(0.0)
             pause = PROBE_S if been_ready else 0.02

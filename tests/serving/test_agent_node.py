@@ -11,14 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
-from policies.traffic import Route
-from serving import durable, gateway, node
+from policies.traffic import TIMEOUT_S_MAX, Route
+from serving import durable, gateway, node, supervisor
 from serving.agent_errors import Conflict, NotDurable
+from serving.batching import Limits
 from serving.durable import put_in_place
-from serving.launcher import Launcher
+from serving.launcher import SERVER, Launcher
 from serving.supervisor import DRAIN_S, Places, VersionRunner, VersionSpec
+from tests.serving import models
 
 PATH = "/v2/models/m"
 
@@ -292,3 +295,41 @@ def test_a_version_goes_only_once_no_route_in_force_names_it(agent: node.Agent, 
     assert seen[0] == (True, 10)
     assert seen[-1] == (False, 0)
     assert (False, 10) not in seen, "its clusters went while a route in force still named them"
+
+
+def test_a_replica_whose_model_hangs_is_not_ready_and_then_is_started_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers its probes as ever, and nobody else."""
+    monkeypatch.setattr(supervisor, "PROBE_S", 0.1)
+    monkeypatch.setattr(supervisor, "SILENT_S_MAX", 1.0)
+    digest = models.slow(tmp_path / "m.onnx")
+    places = Places(tmp_path, tmp_path, tmp_path / "samples", tmp_path / "m.onnx")
+    launcher = Launcher(tmp_path, (*SERVER, "--run-timeout", "0.5"))
+    told: asyncio.Queue[str] = asyncio.Queue()
+
+    async def go() -> None:
+        runner = VersionRunner(
+            VersionSpec("m", "1", digest), places, launcher, lambda kind, says, **_: told.put_nowait(f"{kind}: {says}")
+        )
+        runner.begin({})
+        try:
+            async with asyncio.timeout(60):
+                assert await told.get() == "replica-ready: replica 0 of m version 1 is ready"
+                transport = httpx.AsyncHTTPTransport(uds=str(runner.replicas[0].socket))
+                async with httpx.AsyncClient(transport=transport, base_url="http://replica", timeout=60) as client:
+                    turns = {"name": "turns", "datatype": "INT64", "shape": [1], "data": [2**40]}
+                    with pytest.raises(httpx.TransportError):
+                        await client.post("/v2/models/m/infer", json={"inputs": [turns]})
+                assert "was not ready at 3 probes in a row" in await told.get()
+                assert "was not ready for too long and is killed" in await told.get()
+                assert "the model has been running for more than 0.5 s: not ready" in await told.get()
+                assert await told.get() == "replica-ready: replica 0 of m version 1 is ready"
+        finally:
+            await runner.stop(0.0)
+
+    asyncio.run(go())
+
+
+def test_a_run_is_not_taken_for_one_that_hangs_while_a_route_may_wait_for_it() -> None:
+    assert Limits().run_s >= 2 * TIMEOUT_S_MAX

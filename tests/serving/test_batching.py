@@ -119,6 +119,19 @@ def test_a_batch_never_exceeds_the_cap_but_a_larger_request_still_runs(path: Pat
     assert len(bench.values("large")) == 50
 
 
+def test_nobody_is_joined_to_a_run_that_is_then_expected_to_take_too_long(path: Path) -> None:
+    models.picky(path)
+
+    def story(bench: Bench) -> None:
+        bench.batcher._row_s = 0.1  # as known so far; each run shows that the model has become faster
+        bench.submit("large", i=np.zeros(50, dtype=np.int64))
+        for at in range(6):
+            bench.submit(f"j{at}", i=np.zeros(1, dtype=np.int64))
+
+    bench = run(path, story, Limits(batch_s=0.35))
+    assert [ids for ids, _, _, _ in bench.kept] == [["large"], ["j0", "j1", "j2", "j3"], ["j4", "j5"]]
+
+
 def test_rows_of_different_widths_are_not_joined(path: Path) -> None:
     models.two_inputs(path)
 
