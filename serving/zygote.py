@@ -110,7 +110,10 @@ class _Nursery:
         with peer:
             peer.settimeout(_PATIENCE_S)
             try:
-                answer = self._answer(json.loads(_line(peer)))
+                question = json.loads(_line(peer))
+                if _gave_up(peer):
+                    return
+                answer = self._answer(question)
             except (OSError, ValueError) as exc:
                 answer = {"error": f"this is no question for a zygote: {exc}"}
             with contextlib.suppress(OSError):  # who asked is gone; the child, if any, is seen by its socket
@@ -154,6 +157,17 @@ class _Nursery:
             complain(traceback.format_exc())
         finally:
             os._exit(code)
+
+
+def _gave_up(peer: socket.socket) -> bool:
+    """Whether who asked no longer waits: it has started a server without us by now, and needs no second one."""
+    peer.setblocking(False)
+    try:
+        return not peer.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    finally:
+        peer.settimeout(_PATIENCE_S)
 
 
 def _line(peer: socket.socket) -> bytes:

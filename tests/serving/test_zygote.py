@@ -48,6 +48,23 @@ def ready(tmp_path: Path, version: str) -> bool:
         return b" 200 " in peer.recv(4096)
 
 
+def test_a_server_that_nobody_waits_for_any_more_is_not_forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who gave up has started one without the zygote, for the same socket."""
+    models.score(tmp_path / "m.onnx")
+    with zygote(tmp_path) as (started, process):
+        process.send_signal(signal.SIGSTOP)
+        with monkeypatch.context() as patched:
+            patched.setattr("serving.zygote._PATIENCE_S", 0.2)
+            with pytest.raises(CannotServe, match="timed out"):
+                started.spawn(arguments(tmp_path, "1"), tmp_path / "1.log")
+        process.send_signal(signal.SIGCONT)
+        pid = started.spawn(arguments(tmp_path, "2"), tmp_path / "2.log")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children == [str(pid)]
+        wait_for(lambda: ready(tmp_path, "2"))
+        os.kill(pid, signal.SIGTERM)
+
+
 def test_what_servers_need_is_loaded_before_they_are_forked(tmp_path: Path) -> None:
     """Else each would take its own time and memory for it."""
     with zygote(tmp_path) as (_, process):
