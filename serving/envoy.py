@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 
 from serving import gateway
-from serving.agent_errors import AgentError, NotInForce, StartError
+from serving.agent_errors import AgentError, NotDurable, NotInForce, StartError
 from serving.durable import write_whole
 from serving.processes import Process, last_words, mark, start
 
@@ -101,11 +101,16 @@ class Envoy:
         """The mark of its process; with other settings it is another, and the old one is replaced."""
         return f"gateway|{gateway.content_version([self._bootstrap, self._threads])}"
 
-    async def begin(self, survivor: Process | None, clusters: _Resources, routes: _Resources) -> None:
-        """In service with this configuration when it returns. Raises StartError."""
+    async def begin(self, survivor: Process | None, clusters: _Resources, routes: _Resources) -> bool:
+        """In service when it returns. Raises StartError.
+
+        True: with this configuration. False: with the one of before, since it survived and the disk takes no other.
+        """
         connector = aiohttp.UnixConnector(path=str(self._admin))
         self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=2.0))
-        if survivor is None or not await self._adopt(survivor, clusters, routes):
+        as_told = survivor is None or await self._adopt(survivor, clusters, routes)
+        if self.process is None:
+            as_told = True
             check_port(self.settings.host, self.settings.port)
             try:
                 self._write("clusters", clusters)
@@ -117,14 +122,19 @@ class Envoy:
             except AgentError as exc:
                 raise StartError(str(exc)) from exc
         self._task = asyncio.create_task(self._keep_running(), name="envoy")
+        return as_told
 
     async def _adopt(self, survivor: Process, clusters: _Resources, routes: _Resources) -> bool:
-        """Goes on with an Envoy that survived the agent. One that does not do as it is told is ended: False."""
+        """Goes on with an Envoy that survived the agent; whether it has this configuration. One that does not do as it
+        is told is ended, and `process` is None; one that cannot be told, for want of room on the disk, serves on."""
         self.process = survivor
         try:
             await self._until_ready()
             await self.put("clusters", clusters)
             await self.put("routes", routes)
+        except NotDurable as exc:
+            self._tell("gateway-behind", f"the gateway that was found running goes on with the routes it has: {exc}")
+            return False
         except (StartError, AgentError) as exc:
             self._tell("gateway-replaced", f"the gateway that was found running is replaced: {exc}")
             await survivor.stop(DRAIN_S)

@@ -91,13 +91,13 @@ class Agent:
         adopted = sum(len(processes) for processes in found.values())
         for spec in specs:
             self._new_runner(spec).begin(found)
+        before = [held.route for held in self._held.values()]
         self._end_leases()
         envoys = found.get(self._envoy.what, [])
         envoy = envoys.pop() if envoys else None
         await asyncio.gather(*(process.stop(5.0) for processes in found.values() for process in processes))
-        await self._envoy.begin(envoy, self._clusters(), self._routes())
-        self._in_force = [held.route for held in self._held.values()]
-        self._unapplied = False
+        self._unapplied = not await self._envoy.begin(envoy, self._clusters(), self._routes())
+        self._in_force = before if self._unapplied else [held.route for held in self._held.values()]
         self._tell("agent-started", f"the agent started with {len(specs)} versions, {adopted} processes still running")
         self._lease_task = asyncio.create_task(self._keep_leases(), name="leases")
 

@@ -239,6 +239,29 @@ def test_a_disk_that_takes_no_more_gives_no_share_and_cannot_keep_one(agent: Run
     assert only_successes(seen), seen
 
 
+def test_an_agent_that_comes_back_to_a_full_disk_leaves_the_gateway_in_service(agent: RunningAgent) -> None:
+    """What was to change meanwhile, the end of a lease, holds all the same."""
+    agent.deploy("1")
+    agent.deploy("2")
+    agent.route("1", "2", weight=50, epoch=1, lease_s=1.0)
+    before = agent.client.status()["gateway"]["pid"]
+    with load(agent) as seen:
+        agent.kill()
+        time.sleep(1.2)
+        agent.start(full=True)
+        until(lambda: agent.version("2")["state"] == "stopping", "version 2 is stopped", 6.0)
+        time.sleep(0.2)
+        assert agent.ask_many(50) == {(200, "1"): 50}
+        assert "gateway-behind" in [event["kind"] for event in agent.client.events()]
+        assert agent.process is not None
+        hard = resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        until(lambda: agent.version("2")["state"] == "ready", "version 2 runs again, without a share")
+        assert agent.ask_many(50) == {(200, "1"): 50}
+    assert agent.client.status()["gateway"]["pid"] == before
+    assert only_successes(seen), seen
+
+
 def test_an_envoy_that_cannot_be_asked_any_more_is_replaced_when_the_agent_starts(agent: RunningAgent) -> None:
     agent.deploy("1")
     agent.route("1", epoch=1)

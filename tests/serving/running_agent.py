@@ -76,10 +76,12 @@ class RunningAgent:
         command = [sys.executable, "-m", "serving.agent", "--home", str(self.home), "--gateway-port", str(self.port)]
         return [*command, "--server-command", self.server, *self.options]
 
-    def start(self) -> RunningAgent:
+    def start(self, full: bool = False) -> RunningAgent:
+        """In service when it returns. `full`: no file may grow by it, as on a full disk."""
+        command = ["prlimit", "--fsize=0:", *self.command()] if full else self.command()
         log = (self.folder / "agent.log").open("a")
         with log:
-            self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, text=True, cwd=ROOT)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, text=True, cwd=ROOT)
         until(self._answers, "the agent answers")
         return self
 
