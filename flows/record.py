@@ -64,10 +64,13 @@ def _replay_monitor(entries: Sequence[Entry]) -> tuple[int, list[Difference]]:
 
 
 def verified(ledger: Ledger, file: Path | None, key: bytes | None, known: Head | None = None) -> Verified:
-    """The ledger itself, held against its own chain and a head that it had earlier; or a file that was exported from
-    it, held against the head at its end, and that one's signature."""
+    """The ledger itself, held against its own chain, the head that it has now, and one that it had earlier; or a file
+    that was exported from it, held against the head at its end, and that one's signature.
+
+    What is written to the ledger meanwhile is read, too.
+    """
     if file is None:
-        return audit.verify(ledger.lines(), ledger.head(), known=known)
+        return audit.verify(ledger.lines(), known=[ledger.head(), *([known] if known else [])])
     try:
         with file.open("rb") as lines:
             return audit.verify_export(lines, key)

@@ -15,7 +15,7 @@ import hashlib
 import hmac
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,30 +166,32 @@ def seal(text: str) -> str:
 
 
 def verify(
-    lines: Iterable[bytes], head: Head | None = None, after: Head | None = None, known: Head | None = None
+    lines: Iterable[bytes], head: Head | None = None, after: Head | None = None, known: Sequence[Head] = ()
 ) -> Verified:
-    """Does every line follow from the one before it, come by the head that is `known`, and end where `head` says?
+    """Does every line follow from the one before it, come by the heads that are `known`, and end where `head` says?
 
-    `lines` are whole lines, newline included, from the entry after `after` (from the first one by default). `known` is
-    an earlier head of the same ledger. Without either nothing can be said about entries missing at the end.
+    `lines` are whole lines, newline included, from the entry after `after` (from the first one by default). `known` are
+    earlier heads of the same ledger, which may have grown since. Without either nothing can be said about entries
+    missing at the end.
     """
     reached, breach = _walk(iter(lines), after or Head(), known)
-    if breach is None and known is not None and reached.number < known.number:
-        breach = _held_against(reached, known)
+    if breach is None:
+        breach = next((_held_against(reached, each) for each in known if reached.number < each.number), None)
     if breach is None and head is not None:
         breach = _held_against(reached, head)
     return Verified(reached, breach)
 
 
-def _walk(lines: Iterator[bytes], start: Head, known: Head | None = None) -> tuple[Head, Breach | None]:
+def _walk(lines: Iterator[bytes], start: Head, known: Sequence[Head] = ()) -> tuple[Head, Breach | None]:
     reached = start
     for raw in lines:
         found = _next(raw, reached)
         if isinstance(found, str):
             return reached, Breach(reached.number + 1, found)
         reached = found
-        if known is not None and reached.number == known.number and reached != known:
-            return reached, _held_against(reached, known)
+        for each in known:
+            if reached.number == each.number and reached != each:
+                return reached, _held_against(reached, each)
     return reached, None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -58,16 +59,30 @@ def test_the_ledger_is_held_against_its_own_head(world: World) -> None:
     assert verified(world.ledger, None, None).breach is None
 
 
+def test_a_ledger_that_is_written_to_while_it_is_verified_is_sound(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, lines = world.ledger.head(), world.ledger.lines
+
+    def later() -> Iterator[bytes]:
+        world.ledger.append("of another", 1, 0.0, "somebody", "noted", {})
+        return lines()
+
+    monkeypatch.setattr(world.ledger, "lines", later)
+    seen = verified(world.ledger, None, None, before)
+    assert (seen.head.number, seen.breach) == (before.number + 1, None)
+
+
 def test_a_ledger_that_was_cut_or_written_anew_is_found_by_a_head_that_was_noted_earlier(world: World) -> None:
     lines = list(world.ledger.lines())
     ends = [audit.verify(lines[:count]).head for count in range(1, len(lines) + 1)]
     for count, known in enumerate(ends, 1):
         assert verified(world.ledger, None, None, Head.parse(str(known))).breach is None
         if count > 1:
-            cut = audit.verify(lines[: count - 1], known=known).breach
+            cut = audit.verify(lines[: count - 1], known=[known]).breach
             assert cut is not None
             assert cut.number == count
-        other = audit.verify(lines, known=replace(known, hash="f" * 64)).breach
+        other = audit.verify(lines, known=[replace(known, hash="f" * 64)]).breach
         assert other is not None
         assert other.number == count
 
