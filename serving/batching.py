@@ -27,6 +27,8 @@ Outcome = list[Array] | Refused
 
 _OVERRUN = 10.0  # a run on the loop that took this many times the limit sends the model to the worker thread ...
 _DISTRUST_S = 60.0  # ... for so long
+_SLOWER = 3.0  # a run may take so many times as long as its rows have taken in the runs before
+_UNKNOWN_ROW_S = 1.0  # what a row may take before any has run
 _LOOKAHEAD = 256  # jobs of another shape that are passed over in search of some that fit the batch
 
 
@@ -35,15 +37,13 @@ class Limits:
     """Bounds of the queue and of one run.
 
     `inline_ms`: a run expected to take longer leaves the event loop for the worker thread.
-    `batch_s`: no job joins others in a run that is then expected to take longer: nobody waits that long for a stranger.
-    `run_s`: a run that has lasted longer is taken for one that hangs; no route waits half as long for an answer.
+    `run_s`: a run that lasts longer than it may be expected to by so much hangs; every route has given up long before.
     """
 
     queue_rows: int = 4096
     queue_bytes: int = 256 * 2**20
     batch_rows: int = 1024
     inline_ms: float = 5.0
-    batch_s: float = 1.0
     run_s: float = 60.0
 
 
@@ -127,7 +127,7 @@ class Batcher:
         self._row_s = model.row_s
         self._distrusted_until = 0.0
         self._busy = False  # a turn is scheduled, or the worker is running
-        self._given_at: float | None = None  # when the worker was given what it runs
+        self._hangs_at: float | None = None  # when what runs will have lasted too long
         self._work: SimpleQueue[list[Job] | None] | None = None
 
     @property
@@ -137,8 +137,13 @@ class Batcher:
 
     @property
     def hangs(self) -> bool:
-        """The worker has been running one batch for longer than any may take: the model may never return."""
-        return self._given_at is not None and perf_counter() - self._given_at > self._limits.run_s
+        """What runs has lasted for longer than it may: the model may never return."""
+        hangs_at = self._hangs_at
+        return hangs_at is not None and perf_counter() > hangs_at
+
+    def _begins(self, rows: int) -> None:
+        expected_s = rows * (_UNKNOWN_ROW_S if self._row_s is None else self._row_s)
+        self._hangs_at = perf_counter() + self._limits.run_s + _SLOWER * expected_s
 
     def submit(self, job: Job, at_once: bool = False) -> None:
         """Queues the job for the next turn of the loop, or for this one, where nothing else can come to join it.
@@ -191,7 +196,7 @@ class Batcher:
         if self._inline(self._metrics.running_rows):
             self._finish(batch, self._run(batch), inline=True)
         else:
-            self._given_at = perf_counter()
+            self._begins(self._metrics.running_rows)
             self._worker().put(batch)
 
     def _take(self) -> list[Job]:
@@ -199,22 +204,19 @@ class Batcher:
         batch: list[Job] = []
         passed: list[Job] = []
         rows, now, alone = 0, perf_counter(), not self._model.signature.batch
-        rows_max = self._limits.batch_rows
-        if self._row_s:
-            rows_max = min(rows_max, int(self._limits.batch_s / self._row_s))
         while self._queue and len(passed) < _LOOKAHEAD:
             job = self._queue.popleft()
             if job.deadline is not None and job.deadline < now:
                 self._forget(job)
                 job.finish(Late((now - job.queued_at) * 1000))
                 continue
-            if batch and (job.key != batch[0].key or rows + job.rows > rows_max):
+            if batch and (job.key != batch[0].key or rows + job.rows > self._limits.batch_rows):
                 passed.append(job)
                 continue
             self._forget(job)
             batch.append(job)
             rows += job.rows
-            if alone or rows >= rows_max:
+            if alone or rows >= self._limits.batch_rows:
                 break
         self._queue.extendleft(reversed(passed))
         return batch
@@ -259,6 +261,7 @@ class Batcher:
         return _Ran(feeds, outputs, outcomes)
 
     def _alone(self, job: Job) -> Outcome:
+        self._begins(job.rows)
         try:
             return self._model.run(job.feeds)
         except ModelFailed as exc:
@@ -280,7 +283,7 @@ class Batcher:
 
     def _finish(self, batch: list[Job], ran: _Ran, inline: bool) -> None:
         self._metrics.running_rows = 0
-        self._given_at = None
+        self._hangs_at = None
         self._account(batch, ran, inline)
         for job, outcome in zip(batch, ran.outcomes, strict=True):
             job.finish(outcome)

@@ -110,7 +110,9 @@ class Server:
             self._batcher.expire()
             hangs = self._batcher.hangs
             if hangs and self.metrics.ready:
-                complain(f"the model has been running for more than {self._settings.limits.run_s:g} s: not ready")
+                complain(
+                    f"a run has lasted {self._settings.limits.run_s:g} s longer than it may: not ready until it ends"
+                )
             self.metrics.ready = not hangs and not self._host.draining
 
     async def _drain(self, listener: asyncio.Server) -> int:

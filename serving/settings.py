@@ -70,7 +70,12 @@ def parser() -> argparse.ArgumentParser:
     add("--no-batching", dest="batching", action="store_false", help="run every request alone")
     add("--max-batch-rows", default=1024, type=_positive, help="rows per run")
     add("--inline-ms", default=5.0, type=float, help="a run expected to take longer runs in the worker thread")
-    add("--run-timeout", default=60.0, type=float, help="not ready while a run has lasted longer (seconds)")
+    add(
+        "--run-timeout",
+        default=60.0,
+        type=float,
+        help="not ready while a run lasts longer than expected by so much (seconds)",
+    )
     add("--samples", type=Path, metavar="DIR", help="keep sampled rows there, as Arrow files")
     add("--sample-share", default=1.0, type=_share, help="share of the requests whose rows are kept")
     add("--samples-max-mb", default=256, type=_positive, help="the oldest files are deleted beyond it")

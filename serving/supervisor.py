@@ -177,8 +177,10 @@ class Replica:
         failed = 0
         been_ready = False
         while not process.exited.is_set():
-            if await self._probe(session):
-                answered_at, failed, been_ready = time.monotonic(), 0, True
+            status = await self._probe(session)
+            been_ready = been_ready or status is not None
+            if status == 200:
+                answered_at, failed = time.monotonic(), 0
                 self._became_ready()
             else:
                 failed += 1
@@ -196,12 +198,13 @@ class Replica:
                 await asyncio.wait_for(process.exited.wait(), pause)
         self.ready = False
 
-    async def _probe(self, session: aiohttp.ClientSession) -> bool:
+    async def _probe(self, session: aiohttp.ClientSession) -> int | None:
+        """200: it is ready. Another status: it was, since it answers nobody before. None: not there, or silent."""
         try:
             async with session.get("http://replica/v2/health/ready") as answer:
-                return answer.status == 200
+                return answer.status
         except (aiohttp.ClientError, TimeoutError, OSError):
-            return False  # not there yet, or silent: the caller counts
+            return None
 
     def _became_ready(self) -> None:
         if self.ready or self._stopping:

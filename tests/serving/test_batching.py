@@ -119,19 +119,6 @@ def test_a_batch_never_exceeds_the_cap_but_a_larger_request_still_runs(path: Pat
     assert len(bench.values("large")) == 50
 
 
-def test_nobody_is_joined_to_a_run_that_is_then_expected_to_take_too_long(path: Path) -> None:
-    models.picky(path)
-
-    def story(bench: Bench) -> None:
-        bench.batcher._row_s = 0.1  # as known so far; each run shows that the model has become faster
-        bench.submit("large", i=np.zeros(50, dtype=np.int64))
-        for at in range(6):
-            bench.submit(f"j{at}", i=np.zeros(1, dtype=np.int64))
-
-    bench = run(path, story, Limits(batch_s=0.35))
-    assert [ids for ids, _, _, _ in bench.kept] == [["large"], ["j0", "j1", "j2", "j3"], ["j4", "j5"]]
-
-
 def test_rows_of_different_widths_are_not_joined(path: Path) -> None:
     models.two_inputs(path)
 
@@ -236,6 +223,39 @@ def test_a_deadline_is_kept_while_another_request_runs(path: Path) -> None:
         bench.batcher.close()
 
     asyncio.run(told())
+
+
+def test_a_run_hangs_once_it_lasts_longer_than_its_rows_may(path: Path) -> None:
+    """Each request alone, too, where one of a batch was at fault."""
+    models.slow(path)
+
+    async def told(row_s: float) -> bool:
+        bench = Bench(Model.load(path), Limits(run_s=0.0))
+        bench.batcher._row_s = row_s
+        bench.submit("runs", turns=np.array([2000]))
+        assert not bench.batcher.hangs
+        await asyncio.sleep(0)  # its turn: it leaves for the worker
+        hung = bench.batcher.hangs
+        await bench.settle()
+        assert not bench.batcher.hangs
+        bench.batcher.close()
+        return hung
+
+    assert asyncio.run(told(row_s=0.0))
+    assert not asyncio.run(told(row_s=60.0))
+
+
+def test_each_of_a_batch_that_failed_may_take_its_own_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models.picky(path)
+    begun = []
+    monkeypatch.setattr(Batcher, "_begins", lambda _, rows: begun.append(rows))
+
+    def story(bench: Bench) -> None:
+        for number in (1, 99, 2):
+            bench.submit(str(number), i=np.array([number]))
+
+    run(path, story)
+    assert begun[-3:] == [1, 1, 1]
 
 
 def test_a_steady_model_runs_on_the_loop_and_one_with_a_loop_in_the_worker(path: Path) -> None:
