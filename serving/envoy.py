@@ -104,25 +104,46 @@ class Envoy:
     async def begin(self, survivor: Process | None, clusters: _Resources, routes: _Resources) -> bool:
         """In service when it returns. Raises StartError.
 
-        True: with this configuration. False: with the one of before, since it survived and the disk takes no other.
+        True: with this configuration. False: with what its files said before, since the disk takes no more.
         """
         connector = aiohttp.UnixConnector(path=str(self._admin))
         self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=2.0))
-        as_told = survivor is None or await self._adopt(survivor, clusters, routes)
+        as_told = survivor is not None and await self._adopt(survivor, clusters, routes)
         if self.process is None:
-            as_told = True
             check_port(self.settings.host, self.settings.port)
             try:
-                self._write("clusters", clusters)
-                self._write("routes", routes)
+                as_told = self._write_both(clusters, routes)
                 self._start()
                 await self._until_ready()
-                await self.put("clusters", clusters)
-                await self.put("routes", routes)
+                if as_told:
+                    await self.put("clusters", clusters)
+                    await self.put("routes", routes)
             except AgentError as exc:
                 raise StartError(str(exc)) from exc
         self._task = asyncio.create_task(self._keep_running(), name="envoy")
         return as_told
+
+    def _write_both(self, clusters: _Resources, routes: _Resources) -> bool:
+        """False: the disk takes no more, and the files of before are there. Raises NotDurable where they are not."""
+        try:
+            self._write("clusters", clusters)
+            self._write("routes", routes)
+        except NotDurable as exc:
+            if not all(self._file(kind).exists() for kind in ("clusters", "routes")):
+                raise
+            self._tell("gateway-behind", f"the gateway is started with the routes of before: {exc}")
+            return False
+        return True
+
+    def routes_told(self) -> str:
+        """What the file of the routes says, which a running Envoy has been told; nothing before there was any."""
+        try:
+            return self._file("routes").read_text()
+        except FileNotFoundError:
+            return ""
+
+    def _file(self, kind: str) -> Path:
+        return self._folder / kind / f"{kind}.json"
 
     async def _adopt(self, survivor: Process, clusters: _Resources, routes: _Resources) -> bool:
         """Goes on with an Envoy that survived the agent; whether it has this configuration. One that does not do as it
@@ -168,7 +189,7 @@ class Envoy:
     def _write(self, kind: str, resources: _Resources) -> None:
         self._confirmed.pop(kind, None)
         version = gateway.content_version(resources)
-        _keep(self._folder / kind / f"{kind}.json", gateway.discovery(resources, version))
+        _keep(self._file(kind), gateway.discovery(resources, version))
         self._written[kind] = version
 
     async def _in_force(self) -> dict[str, str]:

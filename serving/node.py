@@ -91,13 +91,12 @@ class Agent:
         adopted = sum(len(processes) for processes in found.values())
         for spec in specs:
             self._new_runner(spec).begin(found)
-        before = [held.route for held in self._held.values()]
         self._end_leases()
         envoys = found.get(self._envoy.what, [])
         envoy = envoys.pop() if envoys else None
         await asyncio.gather(*(process.stop(5.0) for processes in found.values() for process in processes))
         self._unapplied = not await self._envoy.begin(envoy, self._clusters(), self._routes())
-        self._in_force = before if self._unapplied else [held.route for held in self._held.values()]
+        self._in_force = self._told() if self._unapplied else [held.route for held in self._held.values()]
         self._tell("agent-started", f"the agent started with {len(specs)} versions, {adopted} processes still running")
         self._lease_task = asyncio.create_task(self._keep_leases(), name="leases")
 
@@ -296,7 +295,7 @@ class Agent:
 
     async def _apply_or_suspend(self) -> None:
         """Brings the routes in force. Where the gateway cannot be told (a full disk), whoever lost a share is stopped:
-        the gateway then finds nobody there, and asks the stable version. Tried again at the next turn.
+        the gateway then finds nobody there, and asks whom it knows as the stable version. Tried again at the next turn.
         """
         try:
             await self._apply()
@@ -313,22 +312,30 @@ class Agent:
                     runner.resume()
 
     def _lost_shares(self) -> list[tuple[str, str]]:
-        """Running versions that had a share of the traffic in the last routes in force, and shall have none."""
+        """Running versions that have a share of the traffic in the routes in force, and shall have none; but not who is
+        the stable version there, since nobody would be asked instead."""
         lost = []
         for route in self._in_force:
             held = self._held.get(route.model)
             wanted = dict(gateway_routes.shares(held.route)) if held else {}
             for version, _ in gateway_routes.shares(route):
                 runner = self._runners.get((route.model, version))
-                if version not in wanted and runner is not None and not runner.suspended and self._covered(route.model):
+                if version in (*wanted, route.stable) or runner is None or runner.suspended:
+                    continue
+                stable = self._runners.get((route.model, route.stable or ""))
+                if stable is not None and stable.ready:
                     lost.append((route.model, version))
         return lost
 
-    def _covered(self, model: str) -> bool:
-        """Whether the model's stable version has a ready replica to answer instead."""
-        held = self._held.get(model)
-        capacity = self._capacity(model).get(held.route.stable or "") if held else None
-        return capacity is not None and capacity.ready > 0
+    def _told(self) -> list[Route]:
+        """Who may have a share beside whom, by the routes that the gateway has been told: of those that run here."""
+        told = self._envoy.routes_told()
+        return [
+            Route(model, stable, version, weight=1)
+            for model, version in self._runners
+            for other, stable in self._runners
+            if other == model and stable != version and f'"{gateway.arm_name(model, version, stable)}"' in told
+        ]
 
     def _end_leases(self) -> bool:
         """Takes the share from every candidate whose lease is over. True if any was."""

@@ -239,26 +239,69 @@ def test_a_disk_that_takes_no_more_gives_no_share_and_cannot_keep_one(agent: Run
     assert only_successes(seen), seen
 
 
-def test_an_agent_that_comes_back_to_a_full_disk_leaves_the_gateway_in_service(agent: RunningAgent) -> None:
+def may_write(agent: RunningAgent, room: int | None) -> None:
+    """How many bytes a file may have by the agent; None: as many as before."""
+    assert agent.process is not None
+    hard = resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE, (hard if room is None else room, hard))
+
+
+@pytest.mark.parametrize("room", [0, 8192], ids=["nothing can be written", "the state can, the routes cannot"])
+def test_an_agent_that_comes_back_to_a_full_disk_leaves_the_gateway_in_service(agent: RunningAgent, room: int) -> None:
     """What was to change meanwhile, the end of a lease, holds all the same."""
     agent.deploy("1")
     agent.deploy("2")
-    agent.route("1", "2", weight=50, epoch=1, lease_s=1.0)
+    agent.route("1", "2", weight=50, epoch=1, lease_s=3.0)
     before = agent.client.status()["gateway"]["pid"]
     with load(agent) as seen:
-        agent.kill()
-        time.sleep(1.2)
-        agent.start(full=True)
-        until(lambda: agent.version("2")["state"] == "stopping", "version 2 is stopped", 6.0)
+        if room:
+            may_write(agent, room)
+            until(lambda: agent.version("2")["state"] == "stopping", "version 2 is stopped")
+            until(lambda: '"lost": {' in (agent.home / "state.json").read_text(), "that is on disk")
+            agent.kill()
+        else:
+            agent.kill()
+            time.sleep(3.2)
+        agent.start(room)
+        until(lambda: agent.version("2")["state"] == "stopping", "version 2 is stopped")
         time.sleep(0.2)
         assert agent.ask_many(50) == {(200, "1"): 50}
         assert "gateway-behind" in [event["kind"] for event in agent.client.events()]
-        assert agent.process is not None
-        hard = resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE)[1]
-        resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        may_write(agent, None)
         until(lambda: agent.version("2")["state"] == "ready", "version 2 runs again, without a share")
         assert agent.ask_many(50) == {(200, "1"): 50}
     assert agent.client.status()["gateway"]["pid"] == before
+    assert only_successes(seen), seen
+
+
+def test_a_gateway_that_died_on_a_full_disk_is_started_with_the_routes_of_before(agent: RunningAgent) -> None:
+    agent.deploy("1")
+    agent.deploy("2")
+    agent.route("1", "2", weight=50, epoch=1, lease_s=1.0)
+    pid = agent.client.status()["gateway"]["pid"]
+    agent.kill()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: gone(pid), "it is gone")
+    time.sleep(1.2)
+    agent.start(room=0)
+    until(lambda: agent.version("2")["state"] == "stopping", "version 2 is stopped")
+    until(lambda: agent.version("1")["state"] == "ready", "version 1 is ready")
+    assert agent.ask_many(50) == {(200, "1"): 50}
+
+
+def test_who_answers_everything_is_not_stopped_for_a_gateway_that_cannot_be_told(agent: RunningAgent) -> None:
+    """The new stable version is ready, and the gateway does not know it."""
+    agent.deploy("1")
+    agent.deploy("2")
+    agent.route("1", epoch=1)
+    may_write(agent, 0)
+    with load(agent) as seen:
+        with pytest.raises(AgentError, match="could not write"):
+            agent.route("2", epoch=2)
+        time.sleep(1.0)
+        assert agent.version("1")["state"] == "ready"
+        may_write(agent, None)
+        until(lambda: agent.ask_many(20) == {(200, "2"): 20}, "the gateway knows")
     assert only_successes(seen), seen
 
 

@@ -76,9 +76,9 @@ class RunningAgent:
         command = [sys.executable, "-m", "serving.agent", "--home", str(self.home), "--gateway-port", str(self.port)]
         return [*command, "--server-command", self.server, *self.options]
 
-    def start(self, full: bool = False) -> RunningAgent:
-        """In service when it returns. `full`: no file may grow by it, as on a full disk."""
-        command = ["prlimit", "--fsize=0:", *self.command()] if full else self.command()
+    def start(self, room: int | None = None) -> RunningAgent:
+        """In service when it returns. `room`: no file may have more bytes by it, as on a disk that is (nearly) full."""
+        command = self.command() if room is None else ["prlimit", f"--fsize={room}:", *self.command()]
         log = (self.folder / "agent.log").open("a")
         with log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, text=True, cwd=ROOT)
