@@ -172,6 +172,11 @@ def look(policy: Policy, stage: int, state: State, evidence: Evidence) -> tuple[
     else:
         state, counted = _count(policy, stage, state, *difference)
     state, others = _compare(policy, stage, state, evidence)
+    if not asked(policy, stage):
+        others = (
+            *others,
+            GateReport("gates", Verdict.HOLD, "none is asked in this stage: only a person's word passes it"),
+        )
     return state, (*counted, *others)
 
 
@@ -183,6 +188,11 @@ def _on_new_clock(state: State, at: float) -> State:
 
 def _all(policy: Policy, stage: int, fault: Fault) -> tuple[GateReport, ...]:
     """Every gate that this stage asks reports the fault."""
+    return tuple(fault.report(name) for name in asked(policy, stage))
+
+
+def asked(policy: Policy, stage: int) -> tuple[str, ...]:
+    """The gates that must pass for this stage to pass. With none it cannot, whatever else is reported."""
     names = _counting(policy)
     if policy.rollout.gates.drift is not None:
         names = (*names, "drift")
@@ -190,7 +200,7 @@ def _all(policy: Policy, stage: int, fault: Fault) -> tuple[GateReport, ...]:
         names = (*names, "disagreement")
     if _asks_quality(policy, stage):
         names = (*names, "quality")
-    return tuple(fault.report(name) for name in names)
+    return names
 
 
 def _counting(policy: Policy) -> tuple[str, ...]:
@@ -382,9 +392,9 @@ def _compare(policy: Policy, stage: int, state: State, evidence: Evidence) -> tu
         state = replace(state, paired=paired)
         reports.append(report)
     if gates.quality is not None:
-        asked = _asks_quality(policy, stage)
+        required = _asks_quality(policy, stage)
         problem = evidence.problems.get("labels")
-        learned, said = labels.look(gates.quality, state.learned, share, asked, evidence.outcomes, problem)
+        learned, said = labels.look(gates.quality, state.learned, share, required, evidence.outcomes, problem)
         state = replace(state, learned=learned)
         if said is not None:
             reports.append(said)

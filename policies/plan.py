@@ -113,6 +113,10 @@ def plan(
             )
         )
         problems += [_problem(policy, flow, gate) for gate in asked if gate.needs_s > flow.length_s]
+        if not asked:
+            problems.append(
+                f"{flow.name}: no gate is asked, so only a person's word passes it; ask `errors` or `latency`"
+            )
     before = stages[: len(policy.rollout.stages)]
     return Plan(tuple(stages), sum(s.eta_s for s in stages), sum(s.exposed for s in before), tuple(problems))
 

@@ -52,6 +52,7 @@ Seconds = Annotated[
     Field(ge=0, allow_inf_nan=False),
 ]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Copies = Annotated[float, Field(ge=0.01, le=1, allow_inf_nan=False)]  # the gateway counts in percent
 Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -120,7 +121,7 @@ class Benchmark(_Strict):
 class Shadow(_Strict):
     """Copies of live requests; the answers are thrown away."""
 
-    share: Share = 1.0
+    share: Copies = 1.0
     length: Seconds = Field(alias="for", gt=0)
 
 
@@ -256,7 +257,7 @@ class Watch(_Strict):
     """How long a promoted version is watched, with the former one kept warm."""
 
     length: Seconds = Field(3600.0, alias="for")
-    shadow: Share = Field(0.1, description="Share of the live requests copied to the former version, for comparison.")
+    shadow: Copies = Field(0.1, description="Share of the live requests copied to the former version, for comparison.")
 
 
 class RolloutPolicy(_Strict):

@@ -205,6 +205,14 @@ def test_traffic_split_otherwise_than_meant_holds() -> None:
     assert "where 20% were meant" in watcher.report("traffic").says
 
 
+@pytest.mark.parametrize("asked", ["{errors: null}", "{errors: null, disagreement: {margin: 0.02}}"])
+def test_traffic_split_as_meant_passes_no_stage_in_which_no_gate_is_asked(asked: str) -> None:
+    watcher = Watcher(policy(asked)).warm()
+    assert watcher.tick(20, 80, k_c=20) is Verdict.HOLD
+    assert watcher.report("traffic").verdict is Verdict.PASS
+    assert "only a person's word passes it" in watcher.report("gates").says
+
+
 def test_a_state_survives_json_and_decides_the_same() -> None:
     watcher = Watcher(policy("{errors: {}, latency: {slo_ms: 20}, drift: {}, disagreement: {}}"), stage=0).warm()
     drift = Drift(1000, 1000, (ColumnDrift("prediction", "wasserstein", 0.05, 0.4, high=0.08),), 0.4)

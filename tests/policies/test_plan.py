@@ -124,3 +124,10 @@ def test_all_gates_are_planned() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45s"), (119.2, "120s"), (121, "3m"), (7200, "120m"), (9000, "3h")])
 def test_durations_are_written_as_a_policy_takes_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_stage_in_which_no_gate_is_asked_is_a_problem() -> None:
+    text = POLICY.format(weight=20, length="5m", margin="0.01").replace("errors: {margin: 0.01}", "errors: null")
+    made = plan(parse(text), rps=100.0)
+    assert [problem.split(":")[0] for problem in made.problems] == ["shadow 100 %", "canary 20 %", "watch"]
+    assert all("no gate is asked" in problem for problem in made.problems)

@@ -50,6 +50,7 @@ def test_an_unknown_key_with_nothing_near_lists_what_is_known() -> None:
         ("for: 2m", "for: 0s", "greater than 0"),
         ("share: 1.0", "share: 1.5", "less than or equal to 1"),
         ("share: 1.0", "share: .nan", "finite"),
+        ("share: 1.0", "share: 0.004", "greater than or equal to 0.01"),
         ("weight: 25", "weight: 5", "must rise from stage to stage"),
         ("rollout:", "rollout:\n  lease: 1s", "at least twice look_every"),
         ("rollout:", "rollout:\n  error_budget: 0", "greater than 0"),
