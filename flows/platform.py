@@ -66,7 +66,8 @@ def _up_detached(settings: Settings, out: Console, err: Console) -> int:
     """Starts the supervisor as a process of its own, and waits until it says that all is ready."""
     settings.folder.mkdir(parents=True, exist_ok=True)
     log = settings.folder / "up.log"
-    with log.open("wb") as sink:
+    with log.open("ab") as sink:  # one that runs already writes there, too
+        before = sink.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli", "up"],
             stdin=subprocess.DEVNULL,
@@ -79,7 +80,7 @@ def _up_detached(settings: Settings, out: Console, err: Console) -> int:
     with out.status("starting Prefect, MLflow, agent, gateway and worker ..."):
         while time.monotonic() < limit:
             if process.poll() is not None:
-                err.print(log.read_text().strip(), markup=False)
+                err.print(log.read_bytes()[before:].decode(errors="replace").strip(), markup=False)
                 return process.returncode or 3
             if supervisor_of(settings) == process.pid and ready(settings):
                 _say_where(settings, out)

@@ -30,6 +30,7 @@ from infra.platform_local import (
     LocalPlatform,
     free_port,
     is_free,
+    lock,
     running,
     secret,
 )
@@ -132,12 +133,15 @@ def demo_folder(settings: Settings, keep: Path | None) -> Path:
 
 
 def clear_demo(home: Path) -> None:
-    """An empty demo folder. Raises BadInput for a folder with other things in it, or where a platform runs."""
+    """An empty demo folder. Raises BadInput for a folder with other things in it, or where a platform runs; PortError
+    where one is starting."""
     if running(home) is not None:
         raise BadInput(f"a platform runs in {home}; stop it first: LOCKGATE_HOME={home} lockgate down")
     mark = home / ".lockgate-demo"
     if home.exists() and any(home.iterdir()) and not mark.exists():
         raise BadInput(f"{home} is not empty and was not made by a demo; choose another with --keep")
+    if mark.exists():
+        os.close(lock(home))
     shutil.rmtree(home, ignore_errors=True)
     (home / "logs").mkdir(parents=True)
     mark.touch()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -111,6 +112,32 @@ def running(home: Path) -> Addresses | None:
     return None
 
 
+def lock(home: Path) -> int:
+    """Makes this process the only one with a platform in the folder, until the descriptor is closed or it ends.
+
+    Children do not inherit it. Raises PortError where there is one, also if that is still starting.
+    """
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(home / "platform.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as exc:
+        raise PortError(
+            f"the folder {home} cannot be used: {exc.strerror or exc}; set LOCKGATE_HOME to another"
+        ) from exc
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        pid = os.read(descriptor, 20).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise PortError(
+            f"a platform runs in {home} already, or is on its way up or down (process {pid}); see: lockgate status"
+        ) from exc
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, and does not tell whose it is
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
 def secret(home: Path, name: str) -> str:
     """The platform's secret of that name (32 random bytes in base64), made when it is first asked for."""
     file = home / "secrets" / name
@@ -163,22 +190,21 @@ class LocalPlatform:
     beside: tuple[Beside, ...] = ()
     env: dict[str, str] = field(default_factory=dict)  # what the processes beside it are to know
     parts: list[Part] = field(default_factory=list)
+    _lock: int | None = None
 
     def start(self, progress: Callable[[str], None] = lambda _text: None) -> Addresses:
         """All parts are ready when this returns. Raises PortError; whatever had started is stopped again."""
-        already = running(self.home)
-        if already is not None:
-            raise PortError(f"a platform runs in {self.home} already (process {already.pid}); see: lockgate status")
-        self._check_ports()
-        (self.home / "logs").mkdir(parents=True, exist_ok=True)
-        self.home.chmod(0o700)
-        if self.database:
-            for name in create(self.database):
-                progress(f"database {name} was made")
-        self.parts = [self._prefect(), self._mlflow(), self._agent()]
-        if self.evidently_port is not None:
-            self.parts.append(self._evidently(self.evidently_port))
+        self._lock = lock(self.home)
         try:
+            self._check_ports()
+            (self.home / "logs").mkdir(exist_ok=True)
+            self.home.chmod(0o700)
+            if self.database:
+                for name in create(self.database):
+                    progress(f"database {name} was made")
+            self.parts = [self._prefect(), self._mlflow(), self._agent()]
+            if self.evidently_port is not None:
+                self.parts.append(self._evidently(self.evidently_port))
             for part in self.parts:
                 part.start()
             for part in self.parts:
@@ -236,7 +262,10 @@ class LocalPlatform:
         """Nothing is left running; the data stays."""
         for part in reversed(self.parts):
             part.stop()
-        (self.home / "platform.json").unlink(missing_ok=True)
+        if self._lock is not None:  # without it, the file is another process's
+            (self.home / "platform.json").unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
 
     def _check_ports(self) -> None:
         for part, port, option in (

@@ -1,13 +1,36 @@
-"""The local platform's supervision: whoever dies is started again, later and later, but never too late."""
+"""The local platform: one in a folder; and whoever dies is started again, later and later, but never too late."""
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from pathlib import Path
 
 import pytest
 
 from infra import platform_local
-from infra.platform_local import LocalPlatform
+from infra.part_local import Part
+from infra.platform_local import LocalPlatform, PortBusy, free_port, lock, running
+from tasks.ports import PortError
+
+IDLE = ["-c", "import time; time.sleep(600)"]
+
+
+class Idle(LocalPlatform):
+    """A platform whose parts do nothing."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(home, free_port(), free_port(), free_port())
+
+    def _prefect(self) -> Part:
+        return self._part("Prefect", IDLE, lambda: True, {})
+
+    def _mlflow(self) -> Part:
+        return self._part("MLflow", IDLE, lambda: True, {})
+
+    def _agent(self) -> Part:
+        return self._part("Agent", IDLE, lambda: True, {})
 
 
 class Dead:
@@ -28,6 +51,57 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
     made = Time()
     monkeypatch.setattr(platform_local, "time", made)
     return made
+
+
+def test_a_second_platform_in_a_folder_is_refused_from_the_first_s_first_step_to_its_last(tmp_path: Path) -> None:
+    first, second = Idle(tmp_path), Idle(tmp_path)
+    refused = []
+
+    def try_as_well(said: str) -> None:
+        with pytest.raises(PortError, match=rf"already, .* \(process {os.getpid()}\)"):
+            second.start()
+        second.stop()  # as the demo does, whatever has happened
+        refused.append((said, second.parts))
+
+    try:
+        addresses = first.start(try_as_well)
+        assert refused == [(f"{part} is ready", []) for part in ("Prefect", "MLflow", "Agent")]
+        try_as_well("it runs")
+        here = running(tmp_path)
+        assert here is not None
+        assert (here.gateway_port, here.ready) == (addresses.gateway_port, True)
+    finally:
+        first.stop()
+    assert running(tmp_path) is None
+    assert not (tmp_path / "platform.json").exists()
+    try:
+        second.start()
+    finally:
+        second.stop()
+
+
+def test_a_start_that_fails_leaves_the_folder_to_others(tmp_path: Path) -> None:
+    platform = Idle(tmp_path)
+    with socket.create_server(("127.0.0.1", platform.mlflow_port)), pytest.raises(PortBusy, match="--mlflow-port"):
+        platform.start()
+    os.close(lock(tmp_path))
+
+
+def test_what_outlives_its_supervisor_does_not_hold_the_folder(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    part = Part("Agent", [sys.executable, *IDLE], {}, tmp_path / "agent.log")
+    part.start()
+    try:
+        os.close(held)  # as the system does when a process dies
+        os.close(lock(tmp_path))
+    finally:
+        part.stop()
+
+
+def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PortError, match=r"file cannot be used: .*LOCKGATE_HOME"):
+        lock(tmp_path / "file")
 
 
 def away(platform: LocalPlatform, clock: Time, lives_s: float) -> float:
