@@ -76,6 +76,11 @@ class Part:
             )
         self.started_at = time.monotonic()
 
+    @property
+    def delay_s(self) -> float:
+        """How long it waits before it is started again: longer each time."""
+        return min(2.0 ** min(self.restarts, 10) * 0.2, self.away_max_s)
+
     def stop(self) -> None:
         """Asks, waits, then insists; the part's own children go with it."""
         process = self.process
@@ -108,4 +113,7 @@ class Part:
         return text[: text.rfind("\n") + 1].splitlines()
 
     def last_words(self) -> str:
-        return next((line for line in reversed(self.lines()) if line.strip()), "it said nothing")
+        try:
+            return next((line for line in reversed(self.lines()) if line.strip()), "it said nothing")
+        except OSError as exc:
+            return f"its log cannot be read: {exc.strerror or exc}"

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from subprocess import SubprocessError
 
 import httpx
 import psutil
@@ -249,14 +250,19 @@ class LocalPlatform:
             if part.restart_at == 0.0:
                 if now - part.started_at > _STEADY_S:
                     part.restarts = 0
-                delay = min(2.0 ** min(part.restarts, 10) * 0.2, part.away_max_s)
-                part.restart_at = now + delay
+                part.restart_at = now + part.delay_s
                 code = part.process.returncode
-                yield f"{part.name} ended with code {code} ({part.last_words()}); again in {delay:.1f} s"
+                yield f"{part.name} ended with code {code} ({part.last_words()}); again in {part.delay_s:.1f} s"
             elif now >= part.restart_at:
-                part.restarts, part.restart_at = part.restarts + 1, 0.0
-                part.start()
-                yield f"{part.name} was started again"
+                part.restarts += 1
+                try:
+                    part.start()
+                except (OSError, SubprocessError) as exc:  # no process, memory or descriptor is left: the others go on
+                    part.restart_at = now + part.delay_s
+                    yield f"{part.name} could not be started again: {exc}; again in {part.delay_s:.1f} s"
+                else:
+                    part.restart_at = 0.0
+                    yield f"{part.name} was started again"
 
     def stop(self) -> None:
         """Nothing is left running; the data stays."""

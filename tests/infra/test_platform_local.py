@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from itertools import pairwise
 from pathlib import Path
+from subprocess import SubprocessError
 
 import pytest
 
@@ -135,3 +137,35 @@ def test_who_keeps_the_leases_is_never_away_for_long(clock: Time, tmp_path: Path
     platform = LocalPlatform(tmp_path)
     platform.parts = [platform._agent()]
     assert max(away(platform, clock, lives_s=1.0) for _ in range(20)) < 1.5
+
+
+@pytest.mark.parametrize("error", [BlockingIOError(11, "no process left"), SubprocessError("no memory left")])
+def test_a_part_that_cannot_be_started_again_is_tried_later_and_later_and_the_others_go_on(
+    clock: Time, tmp_path: Path, error: Exception
+) -> None:
+    platform = LocalPlatform(tmp_path)
+    broken, sound = platform.parts = [platform._mlflow(), platform._prefect()]
+    for part in platform.parts:
+        part.process, part.code = Dead(), lambda: -9  # type: ignore[assignment, method-assign]
+    broken.log.mkdir(parents=True)  # nothing can be read there
+    tried: list[float] = []
+    started: list[str] = []
+
+    def fail() -> None:
+        tried.append(clock.now)
+        if len(tried) < 12:
+            raise error
+        started.append("broken")
+
+    broken.start, sound.start = fail, lambda: started.append("sound")  # type: ignore[method-assign]
+    said: list[str] = []
+    while "broken" not in started:
+        said += platform.supervise()
+        clock.now += 0.05
+    assert "sound" in started
+    assert "its log cannot be read" in said[0]
+    assert any(f"MLflow could not be started again: {error}; again in 0.4 s" in line for line in said)
+    waits = [later - sooner for sooner, later in pairwise(tried)]
+    assert waits == sorted(waits)
+    assert waits[0] < 0.5
+    assert waits[-1] == pytest.approx(30.0, abs=0.2)
