@@ -24,7 +24,7 @@ from rich.text import Text
 from flows.live import LiveView
 from flows.overview import newest
 from flows.run import guarded
-from flows.settings import Settings
+from flows.settings import Settings, read_settings
 from flows.wiring import (
     Part,
     clear_demo,
@@ -85,7 +85,7 @@ def play(json_file: Path | None, keep: Path | None, rate: float, out: Console, e
     """Plays the demo; 0 if every version ended as it should and no client's request failed, else 1 (3: unfinished)."""
     signal.signal(signal.SIGTERM, _interrupt)
     began = time.monotonic()
-    home = demo_folder(Settings(), keep)
+    home = demo_folder(read_settings(), keep)
     children: list[Part] = []
     platform = demo_platform(home)
     try:
@@ -212,7 +212,7 @@ def _first_answers(stage: Stage, clients: Part) -> None:
 
 def _up_again(home: Path) -> str:
     """The command that starts the platform on the demo's data, where the links of its reports lead."""
-    usual, now = Settings(), located(Settings(home=home))
+    usual, now = read_settings(), located(Settings(home=home))
     ports = {"prefect": now.prefect_port, "mlflow": now.mlflow_port, "gateway": now.gateway_port}
     others = [f" --{name}-port {port}" for name, port in ports.items() if port != getattr(usual, f"{name}_port")]
     return f"LOCKGATE_HOME={home} lockgate up" + "".join(others)

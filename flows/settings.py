@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -54,12 +55,18 @@ class Settings(BaseSettings):
     @property
     def person(self) -> str:
         """Who gives orders and approvals here."""
-        return self.user or getpass.getuser()
+        try:
+            return self.user or getpass.getuser()
+        except (KeyError, OSError):  # in a container that runs under any number, users have no names
+            return f"uid {os.getuid()}"
 
     @property
     def folder(self) -> Path:
         """Where everything is kept; one folder has one name here, however it is reached."""
-        return self.home.expanduser().resolve()
+        try:
+            return self.home.expanduser().resolve()
+        except RuntimeError as exc:
+            raise BadInput(f"the folder {self.home} cannot be told: {exc} Set LOCKGATE_HOME to a whole path") from exc
 
     @property
     def shelf(self) -> Path:
@@ -82,3 +89,5 @@ def read_settings() -> Settings:
     except ValidationError as exc:
         told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors())
         raise BadInput(f"the settings (LOCKGATE_* variables, lockgate.toml) cannot be used: {told}") from exc
+    except (OSError, ValueError) as exc:
+        raise BadInput(f"{Path('lockgate.toml').absolute()} cannot be read: {exc}") from exc
