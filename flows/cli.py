@@ -50,14 +50,18 @@ def _print(document: Any) -> None:
 # ---------------------------------------------------------------- the platform
 
 
+def _port(text: str) -> Any:
+    return typer.Option(help=text, min=1, max=65535)
+
+
 @app.command(epilog="Example: lockgate up --detach && lockgate status")
 def up(
     detach: Annotated[bool, typer.Option("--detach", help="Go on in the background; `lockgate down` ends it.")] = False,
-    prefect_port: Annotated[int | None, typer.Option(help="Port of the Prefect server and UI.")] = None,
-    mlflow_port: Annotated[int | None, typer.Option(help="Port of the MLflow server and UI.")] = None,
-    gateway_port: Annotated[int | None, typer.Option(help="Port of the gateway, for predictions.")] = None,
-    evidently_port: Annotated[int | None, typer.Option(help="Start Evidently's UI, too, on this port.")] = None,
-    trigger_port: Annotated[int | None, typer.Option(help="Port of the trigger receiver; any by default.")] = None,
+    prefect_port: Annotated[int | None, _port("Port of the Prefect server and UI.")] = None,
+    mlflow_port: Annotated[int | None, _port("Port of the MLflow server and UI.")] = None,
+    gateway_port: Annotated[int | None, _port("Port of the gateway, for predictions.")] = None,
+    evidently_port: Annotated[int | None, _port("Start Evidently's UI, too, on this port.")] = None,
+    trigger_port: Annotated[int | None, _port("Port of the trigger receiver; any by default.")] = None,
 ) -> None:
     """Start the local platform: Prefect, MLflow, node agent with gateway, worker, receiver, reconciler."""
     from flows import platform

@@ -1,0 +1,45 @@
+"""The command line: every error is a sentence, and its exit code tells a refusal from a mistake and from a failure."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows import cli
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCKGATE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def lockgate(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code."""
+    monkeypatch.setattr(sys, "argv", ["lockgate", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("part", ["prefect", "mlflow", "gateway", "evidently", "trigger"])
+@pytest.mark.parametrize("port", ["0", "65536"])
+def test_a_port_that_cannot_be_is_wrong_usage(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str, port: str
+) -> None:
+    monkeypatch.setattr("flows.platform.up", lambda *_: 0)
+    assert lockgate(monkeypatch, "up", f"--{part}-port", port) == 2
+    assert f"Invalid value for '--{part}-port'" in capsys.readouterr().err
+
+
+def test_settings_that_cannot_be_read_are_wrong_usage(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("lockgate.toml").write_text("home = [oops")
+    for command in ("status", "demo"):
+        assert lockgate(monkeypatch, command) == 2
+        assert capsys.readouterr().err.count("\n") == 1
