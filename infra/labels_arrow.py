@@ -21,6 +21,7 @@ from infra import rows
 from tasks.ports import BadInput, PortError
 
 ROWS_MAX = 1_000_000  # of one model; at some 50 bytes each
+_ROW_MAX = 2**31 - 1
 _TRIES = 100  # writers at the same moment take turns for a number
 
 
@@ -96,7 +97,11 @@ def _name(part: Path, folder: Path) -> None:
 
 def _labels_in(path: Path) -> pa.Table:
     table = rows.read(path, text=("request_id",))
-    ids = rows.values(table, "request_id", path).cast(pa.string())
+    ids = rows.values(table, "request_id", path)
+    try:
+        ids = ids.cast(pa.string())
+    except pa.ArrowException as exc:
+        raise BadInput(f"{path}: column 'request_id' is no text: {rows.first_line(exc)}") from exc
     labels = rows.numbers(table, "label", path)
     bad = next((value for value in labels.tolist() if not 0.0 <= value <= 1.0), None)
     if bad is not None:
@@ -107,8 +112,8 @@ def _labels_in(path: Path) -> pa.Table:
     if count > ROWS_MAX:
         raise BadInput(f"{path}: has {count:,} rows; {ROWS_MAX:,} labels are kept, so give the newest of them")
     number = rows.numbers(table, "row", path) if "row" in table.column_names else [0.0] * count
-    if any(value < 0 or value != int(value) for value in number if value == value) or any(v != v for v in number):
-        raise BadInput(f"{path}: column 'row' must hold whole numbers from 0")
+    if not all(0 <= value <= _ROW_MAX and value == int(value) for value in number):
+        raise BadInput(f"{path}: column 'row' must hold whole numbers from 0 to {_ROW_MAX}")
     made = pa.table(
         {
             "request_id": ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids,

@@ -51,7 +51,7 @@ def read(path: Path, limit: int | None = None, text: Collection[str] = ()) -> An
 
     try:
         table = _parquet(path, limit) if path.suffix.lower() == ".parquet" else _csv(path, text)
-    except (pa.ArrowException, UnicodeDecodeError) as exc:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
         raise BadInput(f"{path}: not readable as {path.suffix[1:].upper()}: {first_line(exc)}") from exc
     if table.num_rows == 0:
         raise BadInput(f"{path}: has no rows")
@@ -89,7 +89,9 @@ def first_line(exc: BaseException) -> str:
 
 
 def values(table: Any, name: str, path: Path, what: str = "column") -> Any:
-    """The column. Raises BadInput that names the file, the column and the nearest one that is there."""
+    """The column. Raises BadInput where the file has none or several of that name, and names the nearest one."""
+    if table.column_names.count(name) > 1:
+        raise BadInput(f"{path}: has more than one {what} '{name}'; keep the one that is meant")
     if name in table.column_names:
         return table.column(name)
     near = difflib.get_close_matches(name, table.column_names, n=1, cutoff=0.4)
@@ -208,7 +210,7 @@ def _typed(table: Any, name: str, tensor: Tensor, path: Path) -> NDArray[Any]:
     import pyarrow as pa
 
     if tensor.dtype == "BYTES":
-        return np.array(table.column(name).cast(pa.string()).fill_null("").to_pylist(), dtype=object)
+        return np.array(values(table, name, path).cast(pa.string()).fill_null("").to_pylist(), dtype=object)
     wanted = NUMPY_OF.get(tensor.dtype)
     if wanted is None:
         raise BadInput(
@@ -216,7 +218,7 @@ def _typed(table: Any, name: str, tensor: Tensor, path: Path) -> NDArray[Any]:
         )
     if wanted.startswith("float"):
         return numbers(table, name, path).astype(wanted)
-    column = table.column(name)
+    column = values(table, name, path)
     if column.null_count:
         raise BadInput(
             f"{path}: column '{name}' is missing in {column.null_count} rows, and the model takes {tensor.dtype}"

@@ -91,6 +91,12 @@ def test_within_a_file_the_later_label_of_a_row_wins(tmp_path: Path) -> None:
         ("request_id,label\n,1\n", "'request_id' is empty"),
         ("request_id,row,label\na,0.5,1\n", "whole numbers"),
         ("request_id,row,label\na,-1,1\n", "whole numbers"),
+        ("request_id,row,label\na,inf,1\n", "whole numbers"),
+        ("request_id,row,label\na,nan,1\n", "whole numbers"),
+        ("request_id,row,label\na,3000000000,1\n", "whole numbers from 0 to 2147483647"),
+        ("request_id,label,label\na,1,1\n", "more than one column 'label'"),
+        ("request_id,request_id,label\na,a,1\n", "more than one column 'request_id'"),
+        ("request_id,row,row,label\na,0,0,1\n", "more than one column 'row'"),
         ("request_id,label\n", "no rows"),
     ],
 )
@@ -98,6 +104,12 @@ def test_a_file_that_cannot_be_used_is_told_and_nothing_of_it_is_stored(tmp_path
     with pytest.raises(BadInput, match=says):
         LabelStore(tmp_path).add("flights", csv(tmp_path, text))
     assert stored(tmp_path) == []
+
+
+def test_request_ids_that_are_no_text_are_told(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"request_id": [["a"]], "label": [1.0]}), tmp_path / "l.parquet")
+    with pytest.raises(BadInput, match="'request_id' is no text"):
+        LabelStore(tmp_path).add("flights", tmp_path / "l.parquet")
 
 
 def test_the_oldest_labels_go_when_there_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,3 +95,23 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             rows.read(tmp_path / name)
     with pytest.raises(BadInput, match="no such file"):
         rows.read(tmp_path / "gone.csv")
+
+
+def test_a_column_that_is_there_twice_is_told_where_it_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "twice.csv"
+    file.write_text("a,a,b\n1,1,2\n")
+    table = rows.read(file)
+    assert rows.numbers(table, "b", file).tolist() == [2.0]
+    for dtype in ("FP32", "INT64", "BYTES"):
+        with pytest.raises(BadInput, match=r"twice\.csv: has more than one column 'a'"):
+            rows.feeds(table, signature(Tensor("a", dtype, (-1, 1))), file)
+
+
+def test_a_parquet_file_whose_pages_are_broken_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "broken.parquet"
+    pq.write_table(pa.table({"a": np.arange(1000.0)}), file, use_dictionary=False, write_statistics=False)
+    body = bytearray(file.read_bytes())
+    body[100:2000] = b"\xff" * 1900
+    file.write_bytes(body)
+    with pytest.raises(BadInput, match=r"broken\.parquet: not readable as PARQUET"):
+        rows.read(file)
