@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flows.output import output
 from flows.settings import read_settings
 from policies.audit import Head
 from tasks.ports import BadInput
@@ -89,10 +90,8 @@ def export(
     if file is None:
         sys.stdout.buffer.writelines(lines)
         return
-    aside = file.with_name(f".{file.name}.part")
-    with aside.open("wb") as sink:
+    with output(file) as sink:
         sink.writelines(lines)
-    aside.replace(file)
 
 
 @audit_app.command(epilog="Example: lockgate audit replay flight-delay-v2-1a2b3c4d")

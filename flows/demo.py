@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.live import LiveView
+from flows.output import output
 from flows.overview import newest
 from flows.run import guarded
 from flows.settings import Settings, read_settings
@@ -90,6 +91,8 @@ def play(json_file: Path | None, keep: Path | None, rate: float, out: Console, e
     platform = demo_platform(home)
     try:
         clear_demo(home)
+        if json_file is not None and not json_file.resolve().parent.is_dir():
+            raise BadInput(f"{json_file} cannot be written: its folder is not there")
         out.print("A year of an airline's delay model: will this flight arrive more than 15 minutes late?")
         children.append(train_demo(home))
         platform.start(lambda text: out.print(f"  {text}", markup=False))
@@ -245,6 +248,7 @@ def _finish(home: Path, stage: Stage, json_file: Path | None, out: Console, bega
     for report in reports:
         out.print(f"  {report}", markup=False)
     if json_file is not None:
-        json_file.write_text(json.dumps(document, indent=2) + "\n")
+        with output(json_file) as sink:
+            sink.write(json.dumps(document, indent=2).encode() + b"\n")
     as_told = {version: outcome["outcome"] for version, outcome in stage.outcomes.items()} == EXPECTED
     return 0 if as_told and clients["failed"] == 0 else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from flows import cli
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOCKGATE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # these are the tests' own
+    for name in ("LOCKGATE_DATABASE", "LOCKGATE_LEDGER_URL"):  # a demo sets them
+        monkeypatch.setenv(name, "")
     return tmp_path / "home"
 
 
@@ -43,3 +47,11 @@ def test_settings_that_cannot_be_read_are_wrong_usage(
     for command in ("status", "demo"):
         assert lockgate(monkeypatch, command) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("audit", "export"), ("demo", "--json")])
+def test_a_file_that_cannot_be_written_is_wrong_usage(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    assert lockgate(monkeypatch, *command, "nowhere/x") == 2
+    assert capsys.readouterr().err.startswith("lockgate: nowhere/x cannot be written")
