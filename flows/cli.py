@@ -6,6 +6,7 @@ import errno
 import json
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from flows.cli_approval import approve
 from flows.cli_policy import plan, policy_app, read_policy
 from flows.cli_record import audit_app, quarantine_app
 from flows.settings import Settings, read_settings
+from serving.log import complain
 from tasks.ports import BadInput, NotThere, PortError
 
 DONE, REFUSED, USAGE, UNFINISHED = 0, 1, 2, 3
@@ -352,18 +354,23 @@ def demo(
 
 
 def main() -> None:
-    """The console script. Every foreseen error is one sentence, and the exit code that goes with it."""
+    """The console script. Every foreseen error is one sentence, and the exit code that goes with it; one that was not
+    foreseen is told below its traceback, and never looks like a refusal."""
     try:
         app()
     except PortError as exc:
         err.print(f"lockgate: {exc}", markup=False)
         sys.exit(USAGE if isinstance(exc, (BadInput, NotThere)) else UNFINISHED)
-    except OSError as exc:
-        if exc.errno != errno.ENOSPC:
-            raise
-        err.print(
-            f"lockgate: the disk is full ({exc.filename or 'no file named'}); nothing was changed by this command"
-        )
+    except Exception as exc:  # noqa: BLE001 - Python would end with 1, as a refusal does
+        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+            complain(
+                f"lockgate: the disk is full ({exc.filename or 'no file named'}); nothing was changed by this command"
+            )
+        else:
+            told = "".join(traceback.format_exception(exc))
+            complain(
+                f"{told}lockgate: not foreseen: {type(exc).__name__}: {exc}; please report it with the lines above"
+            )
         sys.exit(UNFINISHED)
 
 

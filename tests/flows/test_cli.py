@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from pathlib import Path
@@ -55,3 +56,36 @@ def test_a_file_that_cannot_be_written_is_wrong_usage(
 ) -> None:
     assert lockgate(monkeypatch, *command, "nowhere/x") == 2
     assert capsys.readouterr().err.startswith("lockgate: nowhere/x cannot be written")
+
+
+def test_what_nobody_foresaw_is_told_at_the_end_and_is_no_refusal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise KeyError("uid not found: 54321")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert lockgate(monkeypatch, "rollback", "m") == 3
+    first, *_, last = capfd.readouterr().err.splitlines()
+    assert first.startswith("Traceback")
+    assert last.startswith("lockgate: not foreseen: KeyError: 'uid not found: 54321'")
+
+
+@pytest.mark.parametrize("ending", [SystemExit(1), SystemExit(2), KeyboardInterrupt()])
+def test_who_ends_on_purpose_ends_as_meant(monkeypatch: pytest.MonkeyPatch, ending: BaseException) -> None:
+    def end() -> None:
+        raise ending
+
+    monkeypatch.setattr(cli, "app", end)
+    with pytest.raises(type(ending)) as ended:
+        cli.main()
+    assert ended.value is ending
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/srv/ledger.db")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert lockgate(monkeypatch, "status") == 3
+    assert capfd.readouterr().err.startswith("lockgate: the disk is full (/srv/ledger.db)")
