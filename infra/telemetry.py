@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _SETTLE_S = 3.0  # segments are written every second, and a copy may be answered after the original
 _OWN = ("prediction", "status", "row")
+_KEY = ["request_id", "row"]
 
 
 @dataclass
@@ -63,8 +64,9 @@ class LiveTelemetry:
         counted = self._pairs.setdefault((model, stable, candidate, tolerance, since), _Counted(since))
         until = time.time() - _SETTLE_S
         if until > counted.until:
-            first = self._samples.read(model, stable, counted.until)
-            second = self._samples.read(model, candidate, counted.until - _SETTLE_S)
+            first, second = (
+                self._samples.read(model, version, counted.until - _SETTLE_S) for version in (stable, candidate)
+            )
             compared, differing = _compare(first, second, counted.until, until, tolerance)
             counted.compared += compared
             counted.differing += differing
@@ -81,10 +83,20 @@ def _compare(first: pa.Table, second: pa.Table, after: float, until: float, tole
 
     if first.num_rows == 0 or second.num_rows == 0:
         return 0, 0
-    keep = ["request_id", "row", "prediction"]
-    inside = pc.and_(pc.greater(first["time"], after), pc.less_equal(first["time"], until))
-    mine = first.filter(inside).select(keep)
-    both = mine.join(second.select(keep), ["request_id", "row"], join_type="inner", right_suffix="_second")
-    apart = pc.abs(pc.subtract(both["prediction"], both["prediction_second"]))
+    mine = _lone(first)
+    mine = mine.filter(pc.and_(pc.greater(mine["time_one"], after), pc.less_equal(mine["time_one"], until)))
+    both = mine.join(_lone(second), _KEY, join_type="inner", right_suffix="_second")
+    apart = pc.abs(pc.subtract(both["prediction_one"], both["prediction_one_second"]))
     differing = pc.sum(pc.cast(pc.invert(pc.less_equal(apart, tolerance)), "int64")).as_py() or 0  # NaN differs
     return both.num_rows, int(differing)
+
+
+def _lone(table: pa.Table) -> pa.Table:
+    """Time and prediction (`time_one`, `prediction_one`) of the rows whose key no other row has.
+
+    Clients choose the ids of their requests. Which answers belong together cannot be told where one id stands twice.
+    """
+    import pyarrow.compute as pc
+
+    found = table.group_by(_KEY).aggregate([("time", "one"), ("prediction", "one"), ([], "count_all")])
+    return found.filter(pc.equal(found["count_all"], 1)).drop_columns(["count_all"])

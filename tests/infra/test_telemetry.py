@@ -14,15 +14,21 @@ from tasks.ports import BadInput, NotThere
 
 
 def sampled(home: Path, version: str, rows: int = 10, prediction: float = 0.1) -> None:
+    answered(home, version, [(str(i), float(i), prediction) for i in range(rows)])
+
+
+def answered(home: Path, version: str, rows: list[tuple[str, float, float]]) -> None:
+    """The version's sampled rows, as (request id, time, prediction)."""
     folder = home / "samples" / "m" / version
     folder.mkdir(parents=True)
+    ids, times, predictions = zip(*rows, strict=True)
     values = {
-        "request_id": [str(i) for i in range(rows)],
-        "row": pa.array([0] * rows, pa.int32()),
-        "time": [float(i) for i in range(rows)],
-        "in.carrier": ["AA"] * rows,
-        "prediction": [prediction] * rows,
-        "status": pa.array([200] * rows, pa.int16()),
+        "request_id": ids,
+        "row": pa.array([0] * len(rows), pa.int32()),
+        "time": times,
+        "in.carrier": ["AA"] * len(rows),
+        "prediction": predictions,
+        "status": pa.array([200] * len(rows), pa.int16()),
     }
     table = pa.table(values)
     with pa.OSFile(str(folder / "1.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -61,3 +67,23 @@ def test_pairs_of_another_rollout_or_by_another_tolerance_are_counted_anew(tmp_p
     assert telemetry.pairs("m", "1", "2", 0.1, 7.5) == Pairs(2, 2), "what came before it began is not its own"
     assert telemetry.pairs("m", "1", "2", 0.5, -1.0) == Pairs(10, 0)
     assert telemetry.pairs("m", "1", "2", 0.1, -1.0) == Pairs(10, 10), "nothing is counted twice"
+
+
+def test_requests_that_share_an_id_are_no_pairs(tmp_path: Path) -> None:
+    """Clients choose the ids: one that sends the same each time would pair each of its requests with all of them."""
+    rows = [("mine" if i % 10 == 0 else str(i), float(i), i / 400) for i in range(400)]
+    answered(tmp_path, "1", rows)
+    answered(tmp_path, "2", rows)
+    assert LiveTelemetry(tmp_path, EvidentlyDrift()).pairs("m", "1", "2", 0.001, -1.0) == Pairs(360, 0)
+
+
+@pytest.mark.parametrize("other", [6.0, 1e12], ids=["before what is counted", "after it"])
+@pytest.mark.parametrize("twice", ["1", "2"])
+def test_an_id_that_is_used_again_outside_of_what_is_counted_is_no_pair(
+    tmp_path: Path, twice: str, other: float
+) -> None:
+    """The other version may lack either request, and its answer to the other one is no answer to this one."""
+    for version in ("1", "2"):
+        again = [("mine", other, 0.9)] if version == twice else []
+        answered(tmp_path, version, [("mine", 8.0, 0.1), ("x", 8.5, 0.2), *again])
+    assert LiveTelemetry(tmp_path, EvidentlyDrift()).pairs("m", "1", "2", 0.1, 7.5) == Pairs(1, 0)
