@@ -77,12 +77,16 @@ class ArrowRecordings:
             raise BadInput(f"the recording has no {', '.join(missing)}, which the drift gate compares")
 
         def side(answers: NDArray[np.float64], numbers: NDArray[np.int64]) -> pa.Table:
-            numbers = numbers[-shifts.WINDOW_ROWS :]
             chosen = {name: table[name].take(pa.array(numbers)) for name in columns if name != rows.PREDICTION}
             return pa.table({**chosen, rows.PREDICTION: answers[numbers]})
 
         def compare(stable: NDArray[np.int64], candidate: NDArray[np.int64]) -> Drift | None:
-            first, second = side(recording.stable, stable), side(recording.candidate, candidate)
+            newest = [numbers[-shifts.WINDOW_ROWS :] for numbers in (stable, candidate)]
+            begun = min((numbers[0] for numbers in newest if len(numbers)), default=0)  # both windows are of one time
+            first, second = (
+                side(answers, numbers[numbers >= begun])
+                for answers, numbers in ((recording.stable, stable), (recording.candidate, candidate))
+            )
             try:
                 return self._drift.compare(first, second, tuple(columns), gate.method)
             except NotThere:

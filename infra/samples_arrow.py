@@ -22,18 +22,23 @@ class SampledRows:
     def __init__(self, agent_home: Path) -> None:
         self._folder = agent_home / "samples"
 
-    def read(self, model: str, version: str, since: float, rows_max: int = ROWS_MAX) -> pa.Table:
+    def read(self, model: str, version: str, since: float, rows_max: int = ROWS_MAX, every: int = 1) -> pa.Table:
         """The newest `rows_max` rows answered at or after `since` (POSIX seconds), oldest first.
+
+        With `every`, they are evenly thinned: the newest row is taken and each so-manieth before it.
 
         Columns: request_id, row, time, in.*, prediction, status. Without any rows the table has no columns.
         Raises PortError if the folder cannot be read, or if a segment is no Arrow file.
         """
         tables: list[pa.Table] = []
-        rows = 0
+        rows, met = 0, 0
         for segment in self._newest_first(model, version, since):
             table = _rows_since(segment, since)
             if table is None or table.num_rows == 0:
                 continue
+            if every > 1:
+                met += table.num_rows
+                table = table.take(pa.array(range((met - 1) % every, table.num_rows, every), pa.int64()))
             tables.append(table)
             rows += table.num_rows
             if rows >= 2 * rows_max:  # replicas' segments overlap in time: some more, then the newest of them

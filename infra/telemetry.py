@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,13 +53,34 @@ class LiveTelemetry:
     def drift(
         self, model: str, stable: str, candidate: str, columns: Sequence[str], method: str, since: float
     ) -> Drift:
-        tables = [self._samples.read(model, version, since, shifts.WINDOW_ROWS) for version in (stable, candidate)]
         names = [name if name in _OWN else f"in.{name}" for name in columns]
-        for version, table in zip((stable, candidate), tables, strict=True):
-            if table.num_rows == 0:
-                raise NotThere(f"{model} v{version} has no sampled rows yet")
+        tables = self._windows(model, (stable, candidate), since)
         of = f"{model} {stable} {candidate} {since}"  # a comparison takes longer than a look: a later one fetches it
         return self._drift.compare(tables[0], tables[1], tuple(names), method, of)
+
+    def _windows(self, model: str, versions: Sequence[str], since: float) -> list[pa.Table]:
+        """The newest rows of both versions, of one time: the world may move, and their shares of the traffic differ.
+
+        Where one answers so much more that its newest rows are of a shorter time, they are thinned instead.
+        """
+        import pyarrow.compute as pc
+
+        tables = [self._rows(model, version, since, shifts.WINDOW_ROWS) for version in versions]
+        begun = min(_first(table) for table in tables)
+        for index, version in enumerate(versions):
+            first, last = _first(tables[index]), float(tables[index]["time"][-1].as_py())
+            if tables[index].num_rows == shifts.WINDOW_ROWS and begun < first < last:
+                every = math.ceil((last - begun) / (last - first))
+                tables[index] = self._rows(model, version, begun, 2 * shifts.WINDOW_ROWS, every)
+        begun = max(_first(table) for table in tables)
+        return [table.filter(pc.greater_equal(table["time"], begun)) for table in tables]
+
+    def _rows(self, model: str, version: str, since: float, rows_max: int, every: int = 1) -> pa.Table:
+        """The rows that `SampledRows.read` finds. Raises NotThere where there is none."""
+        table = self._samples.read(model, version, since, rows_max, every)
+        if table.num_rows == 0:
+            raise NotThere(f"{model} v{version} has no sampled rows yet")
+        return table
 
     def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:
         counted = self._pairs.setdefault((model, stable, candidate, tolerance, since), _Counted(since))
@@ -75,6 +97,10 @@ class LiveTelemetry:
 
     def outcomes(self, model: str, stable: str, candidate: str, metric: str, since: float, wait: float) -> Outcomes:
         return self._labelled.outcomes(model, stable, candidate, metric, since, wait)
+
+
+def _first(table: pa.Table) -> float:
+    return float(table["time"][0].as_py())
 
 
 def _compare(first: pa.Table, second: pa.Table, after: float, until: float, tolerance: float) -> tuple[int, int]:

@@ -23,7 +23,9 @@ from policies.verdict import GateReport, Verdict
 
 LOOKS = (0.0, 0.5, 1.0)  # the shares of a stage's length after which a comparison may raise an alarm
 EVERY_S = 4.0  # between two comparisons
-WINDOW_ROWS = 22_000  # newest rows of each version; some more than are compared: answers that were errors are left out
+# The newest rows of the version that answers fewer, and as many of the other's from the same time; some more than are
+# compared: answers that were errors are left out.
+WINDOW_ROWS = 22_000
 # Rows of each version that a detector compares, evenly thinned; Wasserstein's distances take the least time by far.
 _ROWS_MAX, _ROWS_MAX_WASSERSTEIN = 4_000, 20_000
 RESAMPLES = 100  # of the windows, from which a detector takes the standard error of a distance

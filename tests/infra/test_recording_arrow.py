@@ -11,8 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra.drift_evidently import EvidentlyDrift
 from infra.inspector_onnx import OnnxInspector
 from infra.recording_arrow import ArrowRecordings, Candidate
+from policies import shifts
+from policies.evidence import Drift
 from policies.policy_yaml import parse
 from policies.rehearsal import rehearse
 from tasks.ports import NotThere, PortError
@@ -69,3 +72,29 @@ def test_a_file_s_rows_are_answered_by_both_and_a_row_that_fails_is_a_failure(tm
     assert seen.candidate[:4].tolist() == [10.0, 20.0, 30.0, 40.0]
     assert seen.at[-1] == pytest.approx(199 / 50)
     assert rehearse(policy, "m", "2", "1", seen, compare).outcome in ("rolled_back", "unfinished")
+
+
+class Windows(EvidentlyDrift):
+    """Keeps the column `i` of the windows that it is asked to compare, and compares nothing."""
+
+    def compare(self, reference: pa.Table, current: pa.Table, *_: Any, **__: Any) -> Drift:
+        self.seen = [table["i"].to_pylist() for table in (reference, current)]
+        return Drift(reference.num_rows, current.num_rows, (), 1.0)
+
+
+def test_the_windows_are_of_the_same_time_whatever_the_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shifts, "WINDOW_ROWS", 100)
+    models.picky(tmp_path / "picky.onnx")
+    bytes_ = Candidate.of_file(tmp_path / "picky.onnx", OnnxInspector().signature(tmp_path / "picky.onnx"))
+    pq.write_table(pa.table({"i": range(4000)}), tmp_path / "rows.parquet")
+    policy = parse(
+        "policy: p\nprediction: {output: o}\nrollout:\n  stages: [canary: {weight: 5, for: 1s}]\n"
+        "  gates: {drift: {columns: [i]}}\n"
+    )
+    windows = Windows()
+    _, compare = ArrowRecordings(tmp_path, windows).in_file(policy, tmp_path / "rows.parquet", 50.0, bytes_, bytes_)
+    numbers = np.arange(4000)
+    compare(numbers[numbers % 20 > 0], numbers[numbers % 20 == 0])
+    assert [min(seen) for seen in windows.seen] == [2001, 2000]
+    assert [max(seen) for seen in windows.seen] == [3999, 3980]
+    assert compare(numbers[:0], numbers[:0]) == Drift(0, 0, (), 1.0)

@@ -46,6 +46,15 @@ def test_the_newest_rows_are_kept_when_there_are_too_many(tmp_path: Path) -> Non
     assert rows["time"].to_pylist() == [1085.0 + second for second in range(15)]
 
 
+def test_rows_are_thinned_evenly_whatever_segments_they_stand_in(tmp_path: Path) -> None:
+    for number in range(6):
+        segment(tmp_path, f"a-{number}", [1000.0 + 5 * number + second for second in range(5)])
+    rows = SampledRows(tmp_path).read("flights", "3", since=0.0, rows_max=8, every=3)
+    assert rows["time"].to_pylist() == [1008.0 + 3 * number for number in range(8)]
+    rows = SampledRows(tmp_path).read("flights", "3", since=1022.0, every=12)
+    assert rows["time"].to_pylist() == [1029.0], "there are segments of which no row is taken"
+
+
 def test_no_samples_are_an_empty_table(tmp_path: Path) -> None:
     assert SampledRows(tmp_path).read("flights", "3", since=0.0).num_rows == 0
     segment(tmp_path, "a-0", [100.0])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from infra.drift_evidently import EvidentlyDrift
 from infra.telemetry import LiveTelemetry
-from policies.evidence import Pairs
+from policies import shifts
+from policies.evidence import Drift, Pairs
 from tasks.ports import BadInput, NotThere
 
 
@@ -56,6 +59,39 @@ def test_a_column_that_is_not_there_or_of_another_kind_is_an_error(
     sampled(tmp_path, "2")
     with pytest.raises(BadInput, match=says):
         LiveTelemetry(tmp_path, EvidentlyDrift()).drift("m", "1", "2", [column], method, 0.0)
+
+
+class Windows(EvidentlyDrift):
+    """Keeps the times of the rows that it is asked to compare, and compares nothing."""
+
+    def compare(self, reference: pa.Table, current: pa.Table, *_: Any, **__: Any) -> Drift:
+        self.times = [np.asarray(table["time"]) for table in (reference, current)]
+        return Drift(reference.num_rows, current.num_rows, (), 1.0)
+
+
+@pytest.mark.parametrize("few", [1, 2], ids=["stable", "candidate"])
+def test_the_windows_are_of_the_same_time_whatever_the_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    """Else the distance is that of a world that has moved meanwhile. And few requests to one version do not leave it
+    without rows: those of the other one are thinned."""
+    monkeypatch.setattr(shifts, "WINDOW_ROWS", 100)
+    answered(tmp_path, str(few), [(str(i), float(i), 0.5) for i in range(0, 5000, 20)])
+    answered(tmp_path, str(3 - few), [(str(i), float(i), 0.5) for i in range(5000) if i % 20])
+    windows = Windows()
+    LiveTelemetry(tmp_path, windows).drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
+    times = windows.times
+    assert all(90 <= len(each) <= 200 for each in times)
+    for moment in (np.min, np.median, np.max):
+        assert moment(times[0]) == pytest.approx(moment(times[1]), abs=40.0), "2,000 s of rows are compared"
+
+
+def test_what_the_servers_have_deleted_of_one_version_is_not_compared_with_the_other(tmp_path: Path) -> None:
+    answered(tmp_path, "1", [(str(i), float(i), 0.5) for i in range(60, 100)])
+    answered(tmp_path, "2", [(str(i), float(i), 0.5) for i in range(100)])
+    windows = Windows()
+    LiveTelemetry(tmp_path, windows).drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
+    assert [times.min() for times in windows.times] == [60.0, 60.0]
 
 
 def test_pairs_of_another_rollout_or_by_another_tolerance_are_counted_anew(tmp_path: Path) -> None:
