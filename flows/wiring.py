@@ -38,6 +38,7 @@ from infra.platform_local import (
     announce as _announce,
 )
 from infra.recording_arrow import Candidate as Candidate
+from policies.evidence import MONITOR_ROWS_MAX
 from policies.traffic import Route
 from tasks.ports import BadInput, Ledger, PortError, Ports
 from tasks.ports_monitor import Herald, MonitorPorts
@@ -307,7 +308,8 @@ def _monitoring(settings_json: str, _platform: int) -> MonitorPorts:
     from infra.windows_arrow import SampledWindows
 
     settings = Settings.model_validate_json(settings_json)
-    drift = EvidentlyDrift(rows_max=8_000, timeout_s=900.0)  # a look has a period's time, and yields to the servers
+    # A look has a period's time, and yields to the servers.
+    drift = EvidentlyDrift(rows_max=MONITOR_ROWS_MAX, timeout_s=900.0)
     atexit.register(drift.close)
     return MonitorPorts(
         windows=SampledWindows(located(settings).agent_home),

@@ -28,8 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.drift_worker import Columns
-from policies import shifts
-from policies.evidence import Drift
+from policies.evidence import Drift, rows_max
 from tasks.ports import BadInput, NotThere, PortError
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class EvidentlyDrift:
     def __init__(
         self, permutations: int = 1999, rows_max: int | None = None, wait_s: float = 2.0, timeout_s: float = 60.0
     ) -> None:
-        """`rows_max` of each window are compared (by default as many as `policies.shifts.rows_max` says), evenly
+        """`rows_max` of each window are compared (by default as many as `policies.evidence.rows_max` says), evenly
         thinned; one comparison may take `timeout_s` at most, and those that were asked for before it as long each."""
         self._permutations = permutations
         self._rows_max = rows_max
@@ -108,7 +107,7 @@ class EvidentlyDrift:
         asked = self._asked.get(what)
         if asked is None:
             windows = [
-                _window(table, columns, method, self._rows_max or shifts.rows_max(method), name)
+                _window(table, columns, method, self._rows_max or rows_max(method), name)
                 for table, name in ((reference, "stable version's"), (current, "candidate's"))
             ]
             asked = self._submit("compare", (*windows, method, permutations or self._permutations), what)

@@ -15,7 +15,7 @@ from infra import rows, scores_onnx
 from infra.labels_arrow import LabelStore
 from infra.outcomes_arrow import Key, added, answers, labels, loss
 from infra.samples_arrow import SampledRows
-from policies.evidence import Sums
+from policies.evidence import MONITOR_ROWS_MAX, Sums
 from tasks.ports import Bundle, ModelVersion, NotThere, PortError
 from tasks.ports_monitor import Chosen, Window
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-_ROWS_MAX = 8_000  # of each side: 4,000 a half
 _ANSWERS_MAX = 200_000
 
 
@@ -106,8 +105,8 @@ class SampledWindows:
             table = table.filter(pc.and_(pc.less(table["time"], until), pc.less(table["status"], 400)))
         if table.num_rows == 0:
             raise NotThere(f"v{version.version} has no sampled row of this period")
-        if table.num_rows > _ROWS_MAX:
-            table = table.take(np.linspace(0, table.num_rows - 1, _ROWS_MAX).astype(np.int64))
+        if table.num_rows > MONITOR_ROWS_MAX:
+            table = table.take(np.linspace(0, table.num_rows - 1, MONITOR_ROWS_MAX).astype(np.int64))
         return table
 
 
@@ -126,7 +125,7 @@ def _reference(
     import numpy as np
 
     table = rows.read(source, text=rows.text_inputs(version.signature))
-    order = np.random.default_rng(zlib.crc32(version.digest.encode())).permutation(table.num_rows)[:_ROWS_MAX]
+    order = np.random.default_rng(zlib.crc32(version.digest.encode())).permutation(table.num_rows)[:MONITOR_ROWS_MAX]
     table = table.take(order)
     columns = rows.input_columns(table, version.signature, source, chosen.label)
     feeds = rows.feeds(table, version.signature, source, chosen.label)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies import gates, labels, rates, shifts, stats
+from policies import evidence, gates, labels, rates, shifts, stats
 from policies.policy import Drifting, Errors, Labelled, Latency, Policy
 from policies.stats import Margin
 
@@ -161,7 +161,7 @@ def _gates(
 
 def _of_drift(gate: Drifting, flows: tuple[_Flow, ...], index: int, scene: shifts.Scene) -> GatePlan:
     """Rows of the earlier stages count, up to those that the detector takes."""
-    most = float(shifts.rows_max(gate.method))
+    most = float(evidence.rows_max(gate.method))
     flow, limit = flows[index], gate.threshold * scene.factor
     had = [sum(pace * f.counted_s for f, pace in _paces(flows[:index], arm)) for arm in ("candidate", "stable")]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
@@ -23,8 +24,9 @@ from pydantic import (
 )
 
 from policies.audience import Audience
+from policies.evidence import LATENCY_EDGES_MS, MONITOR_ROWS_MAX, rows_max
 from policies.freeze import Window, endless, window
-from policies.traffic import TIMEOUT_S_MAX
+from policies.traffic import TIMEOUT_S, TIMEOUT_S_MAX
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)$")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -218,7 +220,16 @@ class Drifting(_Strict):
     columns: tuple[str, ...] = Field(("prediction",), min_length=1)
     method: Literal["wasserstein", "ks", "psi", "jensenshannon", "hellinger"] = "wasserstein"
     threshold: Positive = Field(0.1, description="Tolerated distance: what is shown to be beyond it fails.")
-    rows_min: int = Field(500, ge=100)
+    rows_min: int = Field(500, ge=100, description="Rows of each version, before anything is said; as compared.")
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Drifting:
+        if self.rows_min > (most := rows_max(self.method)):
+            raise ValueError(
+                f"rows_min is {self.rows_min:,}, and {self.method} compares {most:,} rows of each version at most;"
+                f" choose {most:,} at most, or it would never pass"
+            )
+        return self
 
 
 class Disagreement(_Strict):
@@ -297,6 +308,22 @@ class RolloutPolicy(_Strict):
             raise ValueError(f"lease ({self.lease:g}s) must be at least twice look_every ({self.look_every:g}s)")
         return self
 
+    @model_validator(mode="after")
+    def _exceedable(self) -> RolloutPolicy:
+        """Requests are timed by a histogram: none is counted beyond a latency that only its edges after the time-out
+        tell apart."""
+        if self.gates.latency is None:
+            return self
+        longest_s = TIMEOUT_S if self.timeout is None else self.timeout
+        most = max((edge for edge in LATENCY_EDGES_MS if edge < 1000.0 * longest_s), default=0.0)
+        slo_ms = self.gates.latency.slo_ms
+        if slo_ms > most:
+            raise ValueError(
+                f"gates.latency.slo_ms is {slo_ms:g}, and a request is answered within {longest_s:g}s (`timeout`): the"
+                f" gate could never fail; choose {math.floor(most)} at most, or a longer time-out"
+            )
+        return self
+
 
 class LiveDrift(_Strict):
     """Do the live rows differ from the training rows?"""
@@ -306,7 +333,9 @@ class LiveDrift(_Strict):
         "wasserstein", description="The distance of numbers; text is compared by jensenshannon."
     )
     threshold: Positive = Field(0.1, description="Smallest distance that counts as a difference.")
-    rows_min: int = Field(1000, ge=200, description="Sampled rows of a period, and of the reference.")
+    rows_min: int = Field(
+        1000, ge=200, le=MONITOR_ROWS_MAX, description="Sampled rows of a period, and of the reference."
+    )
 
 
 class LiveQuality(_Strict):

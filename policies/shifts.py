@@ -26,8 +26,6 @@ EVERY_S = 4.0  # between two comparisons
 # The newest rows of the version that answers fewer, and as many of the other's from the same time; some more than are
 # compared: answers that were errors are left out.
 WINDOW_ROWS = 22_000
-# Rows of each version that a detector compares, evenly thinned; Wasserstein's distances take the least time by far.
-_ROWS_MAX, _ROWS_MAX_WASSERSTEIN = 4_000, 20_000
 RESAMPLES = 100  # of the windows, from which a detector takes the standard error of a distance
 _MISSING_PART = 0.1  # of each look's alpha: that values are missing is seen at once, by an exact test
 MISSING_MARGIN = 0.01  # so many more missing values are tolerated
@@ -74,11 +72,6 @@ class Scene:
     def alpha_distance(self) -> float:
         """What is left of it for the distances, beside the missing values."""
         return (1.0 - _MISSING_PART) * self.alpha_look
-
-
-def rows_max(method: str) -> int:
-    """How many rows of each version are compared by the method, at most."""
-    return _ROWS_MAX_WASSERSTEIN if method == "wasserstein" else _ROWS_MAX
 
 
 def standard_errors(chance: float) -> float:

@@ -12,6 +12,7 @@ TENANT_HEADER = "x-lockgate-tenant"
 APART_HEADER = "x-lockgate-apart"  # the gateway's mark on requests that were not split by chance
 WAIT_HEADER = "x-request-timeout-ms"  # how long the answer is waited for
 RULED_VALUES_MAX = 1000
+TIMEOUT_S = 15.0  # where the route says nothing
 TIMEOUT_S_MAX = 30.0  # what takes longer could not be counted by its latency
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")  # RFC 9110, section 5.6.2
 _VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,254}[\x21-\x7e])?")

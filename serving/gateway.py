@@ -31,7 +31,7 @@ from urllib.parse import quote, urlsplit
 import orjson
 
 from policies.evidence import LATENCY_EDGES_MS
-from policies.traffic import TIMEOUT_S_MAX
+from policies.traffic import TIMEOUT_S, TIMEOUT_S_MAX
 from serving import gateway_rescue
 from serving.gateway_rescue import TYPE
 
@@ -55,7 +55,7 @@ class GatewaySettings:
 
     host: str = "127.0.0.1"
     port: int = 8080
-    request_timeout_s: float = 15.0
+    request_timeout_s: float = TIMEOUT_S
     attempt_timeout_s: float = 5.0
     body_bytes_max: int = 32 * 1024 * 1024  # the model server's own default
     requests_max: int = 10_000

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies import shifts
-from policies.evidence import Drift
+from policies.evidence import Drift, rows_max
 from policies.policy import Drifting
 from policies.verdict import Verdict
 from tests.benchmarks.judges import compare, drift_verdicts
@@ -31,7 +31,7 @@ def drift_alarms(
     """
     generator = np.random.default_rng(seed)
     gate = Drifting(threshold=threshold, rows_min=max(min(rows, 3000), 100))
-    n = min(rows, shifts.rows_max(gate.method))
+    n = min(rows, rows_max(gate.method))
     lengths = [part.seconds for part in parts]
 
     def comparisons() -> Iterator[tuple[int, float, Drift]]:
@@ -68,7 +68,7 @@ def _looks(
 ) -> Iterator[tuple[int, float, tuple[int, int], float]]:
     """(part, seconds in it, rows of stable version and candidate, the candidate's requests so far) of the comparisons
     that may raise an alarm."""
-    most = shifts.rows_max(gate.method)
+    most = rows_max(gate.method)
     had = [0.0, 0.0]  # of the candidate, of the stable version
     for stage, part in enumerate(parts):
         paces = [rps * part.weight, rps if part.copies else rps * (1.0 - part.weight)]

@@ -20,6 +20,7 @@ rollout:
     - canary: {weight: 5, for: 5m}
     - canary: {weight: 25, for: 10m}
 """
+GATES = "rollout:\n  gates: "
 LIBRARY = Path(policy.__file__).parent / "library"
 
 
@@ -57,12 +58,32 @@ def test_an_unknown_key_with_nothing_near_lists_what_is_known() -> None:
         ("rollout:", "rollout:\n  error_budget: 1.5", "less than 1"),
         ("rollout:", "rollout:\n  timeout: 2m", "less than or equal to 30"),
         ("policy: flights-cpu", "policy: Flights CPU", "match pattern"),
+        ("rollout:", GATES + "{drift: {method: ks, rows_min: 4001}}", "ks compares 4,000 rows of each version at most"),
+        ("rollout:", GATES + "{drift: {rows_min: 20001}}", "rows_min is 20,001, and wasserstein compares 20,000 rows"),
+        ("rollout:", "monitor: {drift: {rows_min: 8001}}\nrollout:", "less than or equal to 8000"),
+        ("rollout:", GATES + "{latency: {slo_ms: 15000}}", "slo_ms is 15000, and a request is answered within 15s"),
+        ("rollout:", GATES + "{latency: {slo_ms: 14900}}", "choose 14719 at most, or a longer time-out"),
+        ("rollout:", GATES + "{latency: {slo_ms: 90}}\n  timeout: 80ms", "a request is answered within 0.08s"),
+        ("rollout:", GATES + "{latency: {slo_ms: 36000}}\n  timeout: 30s", "choose 29053 at most"),
     ],
 )
 def test_an_impossible_value_is_told_with_its_line(old: str, new: str, words: str) -> None:
     told = refused(SOUND.replace(old, new))
     assert words in told
     assert "p.yaml, line " in told
+
+
+@pytest.mark.parametrize(
+    "gates",
+    [
+        "{drift: {method: ks, rows_min: 4000}}",
+        "{drift: {rows_min: 20000}}",
+        "{latency: {slo_ms: 14719}}",
+        "{latency: {slo_ms: 29053}}\n  timeout: 30s",
+    ],
+)
+def test_the_largest_value_that_can_be_met_is_accepted(gates: str) -> None:
+    parse(SOUND.replace("rollout:", GATES + gates))
 
 
 def test_a_key_given_twice_is_refused_instead_of_silently_keeping_the_last() -> None:
