@@ -188,7 +188,7 @@ def _metrics(path: Path | None) -> dict[str, float]:
 
 @app.command(epilog='Example: lockgate rollback flight-delay --reason "complaints from the call centre"')
 def rollback(model: Model, reason: Reason = "", as_json: Json = False) -> None:
-    """Back to the former version: aborts a rollout under way, or brings the last proven version back."""
+    """Back to the former version: aborts a delivery under way, or brings the last proven version back."""
     from flows.run import run_rollback
 
     code, outcome = run_rollback(read_settings(), model, reason, None if as_json else out, err)

@@ -168,7 +168,7 @@ def follow(ports: Ports, name: str) -> Rollout:
                 return state
             written, since = len(entries), ports.clock.now()
         ports.clock.sleep(_POLL_S)
-    raise PortError(f"rollout {name} was taken over, and nobody has gone on with it for {_SILENCE_S / 3600:.0f} h")
+    raise PortError(f"rollout {name} is somebody else's, and nobody has gone on with it for {_SILENCE_S / 3600:.0f} h")
 
 
 def drive(ports: Ports, name: str, preparation: Preparation, observers: list[Observer]) -> Rollout:

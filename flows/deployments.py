@@ -38,7 +38,7 @@ ALL = (
     Deployed(
         "rollback",
         "flows.rollback.rollback",
-        "Back to the former version: aborts a rollout under way, or brings the last proven version back.",
+        "Back to the former version: aborts a delivery under way, or brings the last proven version back.",
     ),
     Deployed(
         "reconcile",

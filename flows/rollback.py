@@ -1,29 +1,31 @@
-"""Back to the former version: a rollout under way is aborted; else the last proven version is rolled out again.
+"""Back to the former version: a delivery under way is aborted; else the last proven version is rolled out again.
 
 A manual rollback is a rollout whose candidate is the former champion: the same machine, no second path. It has no
-stages (the version was proven before), and needs neither the registry nor the network to the artifact store.
+stages (the version was proven before), and needs neither the registry nor the network to the artifact store. Whoever
+asks for one while another is under way follows that one to its end: to abort it would leave the bad version serving.
 """
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from prefect import flow
 
-from flows.deliver import Outcome, conclude, outcome_of, to_the_end
+from flows.deliver import Outcome, conclude, follow, outcome_of, to_the_end
 from flows.orders import abort, over
 from flows.publish import Publisher
 from flows.rollout import Controller
-from flows.runner import Runner, directly, flow_run_id, in_prefect, whoami
+from flows.runner import Runner, directly, flow_run_id, in_prefect, is_dead, whoami
 from flows.story import fold, story_of
 from flows.turn import BEGIN_S, still_claimed
 from flows.wiring import connect, links
 from policies.events import Phase, Requested, to_body
 from policies.rollout import Rollout
 from policies.verdict import GateReport, Verdict
-from tasks.ports import Entry, NotThere, PortError, Ports, Refused
+from tasks.ports import Entry, Ledger, NotThere, PortError, Ports, Refused
 
 ORDERED = "rollback ordered by hand"
 _WAIT_S = 300.0
@@ -64,18 +66,17 @@ def rollback_without_prefect(model: str, reason: str, by: str) -> dict[str, Any]
 def take_back(
     ports: Ports, model: str, reason: str, by: str, observer: Any, run: Runner, only: str | None = None
 ) -> tuple[str, Rollout]:
-    """The rollout that went back, or that brought the former version back, at its end.
+    """The delivery that went back, or the rollback that brought the former version back, at its end.
 
     With `only`, the version that must not go on serving, it raises Refused where that one does not serve alone: what
     is under way, or has come meanwhile, is not guilty of it.
     """
-    active = next(iter(ports.ledger.rollouts(model, active=True)), None)
-    if active is not None:
-        return active, _abort_unless(ports, active, by, reason, only)
     name = f"{model}-back-{uuid.uuid4().hex[:8]}"
-    holder = _claim(ports, model, name, observer, run)
-    if holder != name:
-        return holder, _abort_unless(ports, holder, by, reason, only)
+    active = next(iter(ports.ledger.rollouts(model, active=True)), None) or _claim(ports, model, name, observer, run)
+    if active != name:
+        if only is not None:
+            raise Refused(f"v{only} is not taken back: rollout {active} is under way")
+        return active, _end(ports, active, by, reason, observer, run)
     try:
         _refuse_another(ports, model, only)
         former, entries = _former(ports, model)  # not before the claim: until then another version may come to serve
@@ -84,7 +85,22 @@ def take_back(
         raise
     _begin(ports, former, entries, name, by, reason)
     still_claimed(ports, model, "local", name)
-    return name, to_the_end(ports, name, "local", Controller(ports, name, whoami(), run, proven_before, observer).drive)
+    return name, _drive(ports, name, observer, run)
+
+
+def is_gone(ledger: Ledger, outcome: Mapping[str, Any]) -> bool:
+    """Whether the version that `take_back` was to take back serves no more: a delivery went back or never began, or
+    a rollback brought the former version."""
+    wanted = {"promoted"} if _goes_back(ledger.read(outcome["rollout"])) else {"rolled_back", "refused"}
+    return outcome["outcome"] in wanted and not outcome["unfinished"]
+
+
+def _goes_back(entries: Sequence[Entry]) -> bool:
+    return "back_from" in entries[0].body
+
+
+def _drive(ports: Ports, name: str, observer: Any, run: Runner) -> Rollout:
+    return to_the_end(ports, name, "local", Controller(ports, name, whoami(), run, proven_before, observer).drive)
 
 
 def _claim(ports: Ports, model: str, name: str, observer: Any, run: Runner) -> str:
@@ -95,9 +111,7 @@ def _claim(ports: Ports, model: str, name: str, observer: Any, run: Runner) -> s
         if state is not None and not state.ended:
             return holder
         if state is not None and not over(state):  # ended, but its controller died before the traffic was set
-            state = to_the_end(
-                ports, holder, "local", Controller(ports, holder, whoami(), run, proven_before, observer).drive
-            )
+            state = _drive(ports, holder, observer, run)
         if (state is not None and over(state)) or ports.clock.now() >= limit:
             ports.ledger.release(model, "local", holder, unbegun=state is None)
         else:
@@ -105,10 +119,14 @@ def _claim(ports: Ports, model: str, name: str, observer: Any, run: Runner) -> s
     return name
 
 
-def _abort_unless(ports: Ports, active: str, by: str, reason: str, only: str | None) -> Rollout:
-    if only is not None:
-        raise Refused(f"v{only} is not taken back: rollout {active} is under way")
-    return _abort(ports, active, by, reason)
+def _end(ports: Ports, active: str, by: str, reason: str, observer: Any, run: Runner) -> Rollout:
+    """The end of what is under way: a delivery is told to go back, a rollback goes on, whoever had asked for it."""
+    entries = ports.ledger.read(active)
+    state = fold(entries)
+    if state is None or not _goes_back(entries):
+        return _abort(ports, active, by, reason)
+    state = _drive(ports, active, observer, run) if is_dead(state.holder) else follow(ports, active)
+    return replace(state, reason=f"rollback {active} was under way already: {state.reason}")
 
 
 def _refuse_another(ports: Ports, model: str, only: str | None) -> None:
@@ -134,17 +152,22 @@ def _abort(ports: Ports, active: str, by: str, reason: str) -> Rollout:
 
 
 def _former(ports: Ports, model: str) -> tuple[Rollout, list[Entry]]:
-    """The last promoted rollout of a version that is not in service and not in quarantine, with its entries."""
+    """The last promoted rollout of a version that is not in service, not in quarantine, and was not taken back by a
+    rollback since, with its entries."""
     route = ports.router.current(model)
     serving = route.stable if route else None
+    not_these = {serving}
     for name in ports.ledger.rollouts(model):
         entries = ports.ledger.read(name)
         state = fold(entries)
-        if state is None or state.phase is not Phase.PROMOTED or state.candidate == serving:
+        if state is None or state.phase is not Phase.PROMOTED:
             continue
-        if ports.ledger.quarantined(state.digest) is None:
+        if state.candidate not in not_these and ports.ledger.quarantined(state.digest) is None:
             return state, entries
-    raise NotThere(f"{model} has no former version to go back to; it serves v{serving}")
+        not_these.add(entries[0].body.get("back_from"))
+    raise NotThere(
+        f"{model} has no former version to go back to; it serves v{serving}. What was taken back can be delivered anew"
+    )
 
 
 def _begin(ports: Ports, former: Rollout, entries: list[Entry], name: str, by: str, reason: str) -> None:

@@ -67,7 +67,7 @@ def run_delivery(
 def run_rollback(
     settings: Settings, model: str, reason: str, out: Console | None, err: Console
 ) -> tuple[int, dict[str, Any] | None]:
-    """Takes the model back to its former version; exit code 0 once that serves alone."""
+    """Takes the model back; exit code 0 once the version that was to go serves no more."""
 
     def work() -> dict[str, Any]:
         configure(settings)
@@ -80,11 +80,14 @@ def run_rollback(
             go_back = rollback_without_prefect if alone else rollback
             return dict(go_back(model, reason or ORDERED, settings.person))
 
-    code, outcome = guarded(work, err)
+    def code_of(outcome: dict[str, Any]) -> int:
+        from flows.rollback import is_gone
+
+        return DONE if is_gone(ledger(settings), outcome) else exit_code(outcome) or REFUSED
+
+    code, outcome = guarded(work, err, code_of)
     if outcome is not None and out is not None:
         say_outcome(outcome, out)
-    if outcome is not None and outcome["outcome"] == "rolled_back" and not outcome["unfinished"]:
-        return DONE, outcome  # a rollout under way was taken back: that is what was asked for
     return code, outcome
 
 

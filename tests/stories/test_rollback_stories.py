@@ -1,0 +1,177 @@
+"""The way back by hand, told as stories: asked for once, twice, and while something else is under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flows.deliver import outcome_of
+from flows.rollback import is_gone, proven_before, take_back
+from flows.rollout import Controller
+from flows.run import run_rollback
+from flows.settings import Settings
+from flows.story import fold, story_of
+from policies.events import Phase
+from policies.rollout import Rollout
+from tasks.ports import NotThere
+from tests.stories.world import MODEL, World, directly
+
+
+class Died(BaseException):
+    """The controller's process."""
+
+
+def promoted(*versions: str) -> World:
+    """Each was delivered and promoted after the one before it; the first by itself."""
+    world = World(first=True)
+    world.stable = None
+    for version in versions:
+        deliver(world, version)
+    return world
+
+
+def deliver(world: World, version: str) -> None:
+    route = world.router.current(MODEL)
+    world.stable = route.stable if route else None
+    world.target.store.add(f"digest-{version}")
+    name = f"r{len(world.ledger.rollouts())}"
+    assert world.controller(world.request(name, version)).drive().phase is Phase.PROMOTED
+
+
+def goes_back(world: World, run: Any = directly) -> tuple[str, Rollout]:
+    return take_back(world.ports, MODEL, "complaints", "ben", world.seen.append, run)
+
+
+def serving(world: World) -> str | None:
+    route = world.router.current(MODEL)
+    return route.stable if route else None
+
+
+def gone(world: World, name: str, state: Rollout) -> bool:
+    """What makes the command's exit code 0."""
+    return is_gone(world.ledger, asdict(outcome_of(story_of(world.ledger.read(name)), state, 1.0)))
+
+
+def stands_still_after(world: World, effect: str) -> str:
+    """A way back whose process stopped when the effect was done; its rollout's name."""
+
+    def run(task: Any, *args: Any, name: str = "") -> Any:
+        done = task.fn(*args)
+        if name.startswith(effect):
+            raise Died
+        return done
+
+    with pytest.raises(Died):
+        goes_back(world, run)
+    return world.ledger.rollouts(MODEL)[0]
+
+
+@pytest.mark.parametrize("effect", ["deploy", "route"])
+def test_who_asks_for_a_rollback_that_is_under_way_follows_it_to_its_end(effect: str) -> None:
+    world = promoted("1", "2")
+    first = stands_still_after(world, effect)
+
+    def goes_on() -> None:
+        world.clock.alarms.clear()
+        Controller(world.ports, first, "the first", directly, proven_before, world.seen.append).drive()
+
+    world.clock.alarms.append(goes_on)
+    name, state = goes_back(world)
+    assert (name, state.phase, serving(world)) == (first, Phase.PROMOTED, "1")
+    assert state.reason.startswith(f"rollback {first} was under way already")
+    assert gone(world, name, state)
+
+
+def test_a_rollback_whose_process_died_is_driven_by_whoever_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = promoted("1", "2")
+    first = stands_still_after(world, "deploy")
+    monkeypatch.setattr("flows.rollback.is_dead", lambda _who: True)
+    name, state = goes_back(world)
+    assert (name, state.phase, serving(world)) == (first, Phase.PROMOTED, "1")
+    assert world.ledger.claim(MODEL, "local", "next") == "next"
+
+
+def test_each_rollback_goes_further_back_and_none_forward_to_what_was_taken_back() -> None:
+    world = promoted("1", "2", "3")
+    for former in ("2", "1"):
+        name, state = goes_back(world)
+        assert serving(world) == former
+        assert gone(world, name, state)
+    with pytest.raises(NotThere, match=r"it serves v1\. What was taken back can be delivered anew"):
+        goes_back(world)
+    assert serving(world) == "1"
+
+
+def test_what_was_taken_back_and_delivered_anew_is_gone_back_to_again() -> None:
+    world = promoted("1", "2")
+    goes_back(world)
+    deliver(world, "2")
+    deliver(world, "3")
+    goes_back(world)
+    assert serving(world) == "2"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 12.0])
+def test_a_delivery_under_way_is_taken_back_and_that_is_what_was_asked_for(seconds: float) -> None:
+    """Before anything of it was live, or after."""
+    world = World()
+    name = world.request()
+    if seconds:
+        dies_at(world, world.clock.monotonic + seconds, world.controller(name).drive)
+
+    def goes_on() -> None:
+        world.clock.alarms.clear()
+        world.controller(name).drive()
+
+    world.clock.alarms.append(goes_on)
+    found, state = goes_back(world)
+    assert (found, state.phase) == (name, Phase.ROLLED_BACK if seconds else Phase.REFUSED)
+    assert serving(world) == "1"
+    assert gone(world, name, state)
+
+
+def test_a_rollback_that_was_itself_aborted_or_a_delivery_that_was_faster_is_not_done() -> None:
+    world = promoted("1", "2")
+    first = stands_still_after(world, "deploy")
+    world.ledger.append(
+        first, world.ledger.last(first, 1)[0].sequence + 1, world.clock.now(), "ann", "ordered",
+        {"order": "abort", "reason": "it was a mistake", "by": "ann"},
+    )  # fmt: skip
+    Controller(world.ports, first, "the first", directly, proven_before, world.seen.append).drive()
+    for name in (first, "r1"):
+        state = fold(world.ledger.read(name))
+        assert state is not None
+        assert not gone(world, name, state)
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("promoted", 0), ("rolled_back", 1), ("refused", 1), ("halted", 3)])
+def test_the_command_s_exit_code_says_whether_the_bad_version_is_gone(
+    monkeypatch: pytest.MonkeyPatch, outcome: str, code: int
+) -> None:
+    """Of a rollback. Of a delivery that was to go back the codes are the other way round."""
+    world = promoted("1", "2")
+    name, state = goes_back(world)
+    monkeypatch.setattr("flows.run.configure", lambda _settings: None)
+    monkeypatch.setattr("flows.run.prefect_answers", lambda *_: False)
+    monkeypatch.setattr("flows.run.ledger", lambda _settings: world.ledger)
+    ended = asdict(outcome_of(story_of(world.ledger.read(name)), state, 1.0))
+    delivered = {**ended, "rollout": "r1"}
+    monkeypatch.setattr("flows.rollback.rollback_without_prefect", lambda *_: {**ended, "outcome": outcome})
+    assert run_rollback(Settings(), MODEL, "", None, Console(quiet=True))[0] == code
+    monkeypatch.setattr("flows.rollback.rollback_without_prefect", lambda *_: {**delivered, "outcome": outcome})
+    assert run_rollback(Settings(), MODEL, "", None, Console(quiet=True))[0] == {0: 1, 1: 0, 3: 3}[code]
+
+
+def dies_at(world: World, moment: float, drive: Callable[[], object]) -> None:
+    def die() -> None:
+        if world.clock.monotonic >= moment:
+            world.clock.alarms.remove(die)
+            raise Died
+
+    world.clock.alarms.append(die)
+    with pytest.raises(Died):
+        drive()
