@@ -106,10 +106,13 @@ def monitor_with(ports: Ports, more: MonitorPorts, asked: Asked, run: Runner) ->
     for model in models:
         try:
             subject = subject_of(ports, model, asked.policy)
-            _catch_up(ports, more, subject, run)
+            if _catch_up(ports, more, subject, LOOKED, run):
+                subject = subject_of(ports, model, asked.policy)  # another version may serve by now
             due = _period(ports, subject, asked.at_once)
             if due is not None:
                 looks.append(_look(ports, more, subject, due, run))
+            else:  # a look would ask anew for the way back that is owed, or find that the alarm is over
+                _catch_up(ports, more, subject, TOLD, run)
         except Refused:
             looks.append(_nothing(model, Verdict.HOLD, "another look at the model came first"))
         except PortError as exc:
@@ -164,7 +167,7 @@ def _period(ports: Ports, subject: Subject, at_once: bool) -> tuple[float, float
     """The time to look at: from the last look's end, or one period; None if it is not due yet."""
     until, every = ports.clock.now() - _SETTLE_S, subject.rules.every
     before = _newest(ports, subject)
-    last = before.body["seen"]["until"] if before is not None else until - every
+    last = before[0].body["seen"]["until"] if before is not None else until - every
     if at_once:
         return max(until - every, subject.since), until
     if before is not None and until - last < _DUE * every:
@@ -173,19 +176,29 @@ def _period(ports: Ports, subject: Subject, at_once: bool) -> tuple[float, float
     return max(since, subject.since), until
 
 
-def _newest(ports: Ports, subject: Subject) -> Entry | None:
-    """The newest look at this version."""
-    found = [entry for entry in ports.ledger.last(book(subject.model), 2) if entry.kind == LOOKED]
-    return found[-1] if found and found[-1].body["seen"]["version"] == subject.version else None
+def _last(ports: Ports, model: str) -> tuple[Entry, Entry] | None:
+    """The newest look at the model, and what was written last: that look, or what became of what followed from it."""
+    found = ports.ledger.last(book(model), 3)  # that is written at most twice
+    looks = [entry for entry in found if entry.kind == LOOKED]
+    return (looks[-1], found[-1]) if looks else None
 
 
-def _standing(ports: Ports, subject: Subject) -> set[str]:
-    """The alarms that stand, and whose beginning has been acted on."""
-    before = _newest(ports, subject)
-    if before is None:
-        return set()
-    acted_on = ports.ledger.last(book(subject.model), 1)[-1].kind == TOLD
-    return set(before.body["steps"]["standing"]) - set(() if acted_on else before.body["steps"]["began"])
+def _newest(ports: Ports, subject: Subject) -> tuple[Entry, Entry] | None:
+    """As `_last`, if that look was at this version."""
+    found = _last(ports, subject.model)
+    return found if found is not None and found[0].body["seen"]["version"] == subject.version else None
+
+
+def _standing(ports: Ports, subject: Subject) -> tuple[set[str], bool]:
+    """The alarms that stand, and whose beginning has been acted on; whether the way back is still owed to one."""
+    found = _newest(ports, subject)
+    if found is None:
+        return set(), False
+    look, last = found
+    steps = look.body["steps"]
+    if last is look:
+        return set(steps["standing"]) - set(steps["began"]), steps["rollback"]
+    return set(steps["standing"]), last.body.get("owed", False)
 
 
 # ---------------------------------------------------------------- a look
@@ -198,10 +211,10 @@ def _look(
     with TemporaryDirectory(prefix="lockgate-monitor-") as folder:
         seen, window = gather(ports, more, subject, period, Path(folder), run)
         reports = rules_of.judge(subject.rules, seen)
-        steps = rules_of.steps(subject.rules, reports, _standing(ports, subject), subject.went_back)
+        steps = rules_of.steps(subject.rules, reports, *_standing(ports, subject), subject.went_back)
         entry = _write(ports, subject, seen, reports, steps)
         pages = [] if window is None else _pages(more, subject, seen, window, bool(steps.standing), Path(folder), run)
-        errors = _carry_out(ports, more, subject, entry, pages, run)
+        errors = _carry_out(ports, more, subject, entry, entry, pages, run)
     return {**_told(entry), "errors": errors}
 
 
@@ -318,18 +331,31 @@ def _pages(
         return []  # a report that could not be made changes no verdict
 
 
-def _catch_up(ports: Ports, more: MonitorPorts, subject: Subject, run: Runner) -> None:
-    """What an earlier look could not do is done now."""
-    last = ports.ledger.last(book(subject.model), 1)
-    if last and last[-1].kind == LOOKED:
-        _carry_out(ports, more, subject, last[-1], [], run)
+def _catch_up(ports: Ports, more: MonitorPorts, subject: Subject, kind: str, run: Runner) -> bool:
+    """Does now what the last look could not do, where the newest entry is of that kind; whether there was anything."""
+    found = _last(ports, subject.model)
+    if found is None or found[1].kind != kind or not found[1].body.get("owed", kind == LOOKED):
+        return False
+    _carry_out(ports, more, subject, *found, [], run)
+    return True
+
+
+def _take_back(ports: Ports, model: str, version: str, reason: str, run: Runner) -> None:
+    """Brings the former version back. Raises Refused where it was decided otherwise, PortError if it may work later."""
+    _, state = take_back(ports, model, reason, whoami(), lambda _: None, run, only=version)
+    if state.phase is not Phase.PROMOTED:
+        said = f"v{version} is not taken back: {state.reason}"
+        again = state.unfinished and state.phase is not Phase.HALTED  # what has halted is a person's
+        raise PortError(said) if again else Refused(said)
 
 
 def _carry_out(
-    ports: Ports, more: MonitorPorts, subject: Subject, entry: Entry, pages: list[Path], run: Runner
+    ports: Ports, more: MonitorPorts, subject: Subject, entry: Entry, last: Entry, pages: list[Path], run: Runner
 ) -> dict[str, str]:
     """Everything that follows from the look; returns what could not be done. What may work later is left to the next
-    look, everything again: each part is done once however often it is tried."""
+    look, everything again: each part is done once however often it is tried. Only the way back, which a rollout may
+    keep waiting for days, is owed by itself: `last` is the look, or says that the rest was done.
+    """
     body = entry.body
     key, model, version = f"{book(subject.model)}:{entry.number}", subject.model, body["seen"]["version"]
     payload = {**{name: body[name] for name in ("verdict", "says")}, **body["steps"], "entry": entry.number}
@@ -361,17 +387,18 @@ def _carry_out(
     fresh = version == subject.version and ports.clock.now() - entry.at <= _LATE * subject.rules.every
     if fresh and body["steps"]["rollback"]:
         reason = f"monitor: {body['says']}"
-        back = partial(take_back, ports, model, reason, whoami(), lambda _: None, run, only=version)
-        jobs = {"rollback": back, **jobs}
+        jobs = {"rollback": partial(_take_back, ports, model, version, reason, run), **jobs}
     if fresh and body["steps"]["retrain"]:
         jobs["retrain"] = retrain
     jobs["keep"] = keep_it
+    if last is not entry:
+        jobs = {name: job for name, job in jobs.items() if name == "rollback"}
     errors, later = _try_all(jobs)
-    if not later:
+    owed = later.keys() == {"rollback"}
+    if jobs and (not later or (owed and last is entry)):
         with suppress(Refused):  # another look has done it, too
-            ports.ledger.append(
-                entry.rollout, entry.sequence + 1, ports.clock.now(), whoami(), TOLD, {"errors": errors}
-            )
+            told = {"errors": errors | later, "owed": owed}
+            ports.ledger.append(entry.rollout, last.sequence + 1, ports.clock.now(), whoami(), TOLD, told)
     return errors | later
 
 

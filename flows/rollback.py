@@ -68,14 +68,14 @@ def take_back(
 ) -> tuple[str, Rollout]:
     """The delivery that went back, or the rollback that brought the former version back, at its end.
 
-    With `only`, the version that must not go on serving, it raises Refused where that one does not serve alone: what
-    is under way, or has come meanwhile, is not guilty of it.
+    With `only`, the version that must not go on serving, it raises Refused where another serves by now, and PortError
+    while a rollout is under way: what has come meanwhile is not guilty of it.
     """
     name = f"{model}-back-{uuid.uuid4().hex[:8]}"
     active = next(iter(ports.ledger.rollouts(model, active=True)), None) or _claim(ports, model, name, observer, run)
     if active != name:
         if only is not None:
-            raise Refused(f"v{only} is not taken back: rollout {active} is under way")
+            raise PortError(f"v{only} is not taken back yet: rollout {active} is under way")
         return active, _end(ports, active, by, reason, observer, run)
     try:
         _refuse_another(ports, model, only)

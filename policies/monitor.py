@@ -354,12 +354,12 @@ class Steps:
     rollback: bool
 
 
-def steps(rules: Monitor, reports: Sequence[GateReport], standing: Iterable[str], went_back: bool) -> Steps:
+def steps(rules: Monitor, reports: Sequence[GateReport], standing: Iterable[str], owed: bool, went_back: bool) -> Steps:
     """What follows from the reports, where these alarms stood after the look before at the same version.
 
     An alarm ends when all its gates pass or none is asked any more, not when nobody could look. Only its beginning
-    acts. A version that came back by a rollback (`went_back`) is not taken back itself: two versions that both drift
-    would take turns for ever.
+    acts; a way back that could not be done then (`owed`) is asked for as long as the alarm stands. A version that came
+    back by a rollback (`went_back`) is not taken back itself: two versions that both drift would take turns for ever.
     """
     words: dict[str, list[Verdict]] = {}
     for report in reports:
@@ -369,12 +369,13 @@ def steps(rules: Monitor, reports: Sequence[GateReport], standing: Iterable[str]
     failed = {kind for kind, said in words.items() if Verdict.FAIL in said}
     lasting = {kind for kind in before if any(word is not Verdict.PASS for word in words.get(kind, ()))}
     began = failed - before
+    acting = (failed | lasting if owed else began) & set(rules.rollback_on)
     return Steps(
         standing=tuple(sorted(failed | lasting)),
         began=tuple(sorted(began)),
         ended=tuple(sorted(before - failed - lasting)),
         retrain=rules.retrain is not None and bool(began & {"drift", "quality"}),
-        rollback=bool(began & set(rules.rollback_on)) and not went_back,
+        rollback=bool(acting) and not went_back,
     )
 
 

@@ -217,23 +217,33 @@ ACTING = Monitor(retrain=Retrain(deployment="train/it"), rollback_on=("quality",
 
 def test_only_the_beginning_of_an_alarm_acts_and_it_lasts_until_it_is_shown_to_be_over() -> None:
     failing, blind, fine = ([report("inputs", each)] for each in (Verdict.FAIL, Verdict.ERROR, Verdict.PASS))
-    begun = monitor.steps(ACTING, failing, (), went_back=False)
+    begun = monitor.steps(ACTING, failing, (), owed=False, went_back=False)
     assert (begun.began, begun.standing, begun.retrain, begun.rollback) == (("drift",), ("drift",), True, False)
-    lasts = monitor.steps(ACTING, failing, begun.standing, went_back=False)
+    lasts = monitor.steps(ACTING, failing, begun.standing, owed=False, went_back=False)
     assert (lasts.began, lasts.retrain) == ((), False)
-    assert monitor.steps(ACTING, blind, begun.standing, went_back=False).standing == ("drift",)
-    assert monitor.steps(ACTING, [], begun.standing, went_back=False).ended == ("drift",)
-    over = monitor.steps(ACTING, fine, begun.standing, went_back=False)
+    assert monitor.steps(ACTING, blind, begun.standing, owed=False, went_back=False).standing == ("drift",)
+    assert monitor.steps(ACTING, [], begun.standing, owed=False, went_back=False).ended == ("drift",)
+    over = monitor.steps(ACTING, fine, begun.standing, owed=False, went_back=False)
     assert (over.standing, over.ended) == ((), ("drift",))
 
 
 def test_no_traffic_moves_unless_the_policy_says_so_and_never_twice() -> None:
     failing = [report("quality", Verdict.FAIL)]
-    assert monitor.steps(ACTING, failing, (), went_back=False).rollback
-    assert not monitor.steps(ACTING, failing, (), went_back=True).rollback
-    assert not monitor.steps(Monitor(), failing, (), went_back=False).rollback
-    assert not monitor.steps(ACTING, [report("quality", Verdict.ERROR)], (), went_back=False).rollback
-    assert not monitor.steps(ACTING, [report("data", Verdict.FAIL)], (), went_back=False).retrain
+    assert monitor.steps(ACTING, failing, (), owed=False, went_back=False).rollback
+    assert not monitor.steps(ACTING, failing, (), owed=False, went_back=True).rollback
+    assert not monitor.steps(Monitor(), failing, (), owed=False, went_back=False).rollback
+    assert not monitor.steps(ACTING, [report("quality", Verdict.ERROR)], (), owed=False, went_back=False).rollback
+    assert not monitor.steps(ACTING, [report("data", Verdict.FAIL)], (), owed=False, went_back=False).retrain
+
+
+def test_a_way_back_that_could_not_be_done_is_owed_while_the_alarm_stands_and_nothing_else_is_done_again() -> None:
+    failing = [report("quality", Verdict.FAIL)]
+    again = monitor.steps(ACTING, failing, ("quality",), owed=True, went_back=False)
+    assert (again.began, again.retrain, again.rollback) == ((), False, True)
+    assert not monitor.steps(ACTING, failing, ("quality",), owed=False, went_back=False).rollback
+    assert not monitor.steps(ACTING, failing, ("quality",), owed=True, went_back=True).rollback
+    fine = [report("quality", Verdict.PASS)]
+    assert not monitor.steps(ACTING, fine, ("quality",), owed=True, went_back=False).rollback
 
 
 def test_a_look_can_be_decided_again_from_what_was_written_down() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from flows.monitor import Asked, book, monitor_with
+from flows.orders import abort
 from flows.record import replay
 from tasks.monitor import show
-from tasks.ports import Bundle, ContractBreach, ContractResult, ModelVersion, NotThere
+from tasks.ports import Bundle, ContractBreach, ContractResult, Deployment, ModelVersion, NotThere, Refused
 from tasks.ports_monitor import MonitorPorts
 from tests.fakes.monitor import FakeComparer, FakeHerald, FakeWindows
 from tests.stories.world import MODEL, POLICY, World
@@ -145,6 +146,95 @@ def test_nobody_pays_for_what_another_version_did_while_it_was_looked_at(meanwhi
     assert look["began"] == ["data"]
     assert "v3 is not taken back" in look["errors"]["rollback"]
     assert world.serving == ("4" if meanwhile == "another serves" else "3")
+
+
+def with_wrong_data(policy: str = POLICY + ACTING) -> Watched:
+    """v3 was promoted over v2, and its rows are wrong."""
+    world = Watched(policy)
+    world.stable = "2"
+    world.target.store |= {"digest-3", "digest-4"}
+    assert str(world.controller(world.request("r2", "3")).drive().phase) == "promoted"
+    world.clock.sleep(HOUR)
+    world.contract.breaches = (ContractBreach("expect_column_values_to_not_be_null", "age", "9 of 100"),)
+    return world
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_a_way_back_that_could_not_be_finished_is_tried_again_and_nothing_is_told_twice(due: bool) -> None:
+    world = with_wrong_data()
+    deploy = world.target.deploy
+
+    def does_not_start(wanted: Deployment, trial: bool = False) -> object:
+        if wanted.version == "2":
+            raise Refused("v2 does not start (by the test)")
+        return deploy(wanted, trial)
+
+    world.target.deploy = does_not_start  # type: ignore[method-assign, assignment]
+    (look,) = world.look(HOUR if due else 60.0)
+    assert "v3 is not taken back: could not start the version" in look["errors"]["rollback"]
+    assert [entry.body.get("owed") for entry in world.ledger.last(book(MODEL), 2)] == [None, True]
+    world.look(HOUR if due else 60.0)
+    assert world.serving == "3"
+    world.target.deploy = deploy  # type: ignore[method-assign]
+    world.look()
+    assert world.serving == "2"
+    assert world.events.count("data") == 1
+
+
+def test_a_way_back_waits_for_the_rollout_under_way_however_long_that_takes_and_goes_when_it_has_ended() -> None:
+    world = with_wrong_data(POLICY + ACTING.replace("[data]", "[data, drift]"))
+    world.comparer.distance = 0.4
+    world.stable = "3"
+    world.request("r3", "4")
+    for _ in range(4):
+        (look,) = world.look()
+        assert look["errors"] == {"rollback": "v3 is not taken back yet: rollout r3 is under way"}
+    assert len(world.herald.started) == 1, "one alarm, one retraining"
+    abort(world.ports, "r3", "ann", "not this one")
+    assert str(world.controller("r3").drive().phase) == "refused"
+    world.look(wait_s=60.0)
+    assert world.serving == "2"
+
+
+def test_a_way_back_that_waits_is_not_gone_once_the_alarm_is_over() -> None:
+    world = with_wrong_data()
+    world.stable = "3"
+    world.request("r3", "4")
+    world.look()
+    world.contract.breaches = ()
+    world.look(wait_s=60.0)
+    abort(world.ports, "r3", "ann", "not this one")
+    assert str(world.controller("r3").drive().phase) == "refused"
+    assert world.look() == []
+    assert world.serving == "3"
+
+
+def test_a_way_back_that_somebody_stopped_is_not_tried_again() -> None:
+    world = with_wrong_data()
+    deploy = world.target.deploy
+
+    def is_stopped(wanted: Deployment, trial: bool = False) -> object:
+        world.target.deploy = deploy  # type: ignore[method-assign]
+        abort(world.ports, world.ledger.rollouts(MODEL)[0], "ann", "v3 is better than nothing")
+        return deploy(wanted, trial)
+
+    world.target.deploy = is_stopped  # type: ignore[method-assign, assignment]
+    (look,) = world.look()
+    assert "v3 is better than nothing" in look["errors"]["rollback"]
+    world.look()
+    assert world.serving == "3"
+
+
+def test_what_a_late_rollback_brought_back_is_what_is_looked_at() -> None:
+    world = with_wrong_data()
+    world.herald.down = True
+    world.stable = "3"
+    world.request("r3", "4")
+    world.look()
+    abort(world.ports, "r3", "ann", "not this one")
+    world.controller("r3").drive()
+    (look,) = world.look()
+    assert (look["version"], world.serving) == ("2", "2")
 
 
 @pytest.mark.parametrize("what", ["rows", "windows", "comparer", "registry"])
