@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field
 
 from flows.policy import find, shelf_in
+from policies import audit
 from tasks.ports import BadInput, Submission
 
 
@@ -41,6 +44,7 @@ def requested(
     **told: str,
 ) -> Delivery:
     """The delivery that is asked for, its policy looked up. Raises BadInput, PolicyError."""
+    refuse_unfit({"source": source, "files": files.model_dump() if files else None, **told})
     if version is not None and source is not None:
         raise BadInput("say what to deliver with `version` or `source`, not with both")
     found = find(shelf, policy) if policy else shelf_in(shelf).policy_for(model)
@@ -55,6 +59,14 @@ def requested(
         **(files or Files()).model_dump(),
         **told,
     )
+
+
+def refuse_unfit(asked: Mapping[str, Any]) -> None:
+    """Raises BadInput where a text cannot be written down, before anything has come of it."""
+    try:
+        audit.refuse_unfit(asked)
+    except audit.NotCanonical as exc:
+        raise BadInput(str(exc)) from exc
 
 
 def request_submission(request: Delivery) -> Submission:

@@ -28,6 +28,7 @@ from flows.runner import Runner, in_prefect, whoami
 from flows.settings import Settings
 from flows.story import fold, policy_of, reports_in
 from flows.wiring import connect, connect_monitor
+from policies import audit
 from policies import monitor as rules_of
 from policies.events import Phase
 from policies.monitor import LOOKED, TOLD, Seen, Steps
@@ -316,7 +317,7 @@ def _write(ports: Ports, subject: Subject, seen: Seen, reports: Sequence[GateRep
     name = book(subject.model)
     last = ports.ledger.last(name, 1)
     sequence = last[-1].sequence + 1 if last else 1
-    return ports.ledger.append(name, sequence, ports.clock.now(), whoami(), LOOKED, body)
+    return ports.ledger.append(name, sequence, ports.clock.now(), whoami(), LOOKED, audit.clean(body))
 
 
 def _pages(
@@ -397,7 +398,7 @@ def _carry_out(
     owed = later.keys() == {"rollback"}
     if jobs and (not later or (owed and last is entry)):
         with suppress(Refused):  # another look has done it, too
-            told = {"errors": errors | later, "owed": owed}
+            told = audit.clean({"errors": errors | later, "owed": owed})
             ports.ledger.append(entry.rollout, last.sequence + 1, ports.clock.now(), whoami(), TOLD, told)
     return errors | later
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from flows.story import fold
-from policies import rollout
+from policies import audit, rollout
 from policies.events import Do, Event, Ordered, to_body
 from policies.rollout import Rollout
 from tasks.ports import Ledger, PortError, Ports, Refused
@@ -18,6 +18,8 @@ def order(ports: Ports, name: str, who: str, what: str, reason: str, by: str = "
 
     Raises `rollout.Illegal` where the order makes no sense, and ValueError for an unknown rollout.
     """
+    if what == "abort":  # no way back is refused for a character
+        reason = audit.clean(reason)
     return write(ports.ledger, name, who, lambda: Ordered(ports.clock.now(), 0, what, reason, by))
 
 

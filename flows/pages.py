@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from flows.lingering import linger
 from flows.orders import write
 from flows.rollout import Progress
+from policies import audit
 from policies.events import LOOKED_AT, Noted
 from policies.rollout import Rollout
 from tasks.ports import PortError, Ports
@@ -102,7 +103,7 @@ class Pages:
         name = asked[0]
 
         def now() -> Noted:
-            return Noted(self._ports.clock.now(), 0, noted.what, noted.link, noted.error)
+            return Noted(self._ports.clock.now(), 0, noted.what, audit.clean(noted.link), audit.clean(noted.error))
 
         with self._noting:
             if asked not in self._unmade:

@@ -22,6 +22,7 @@ from flows.runner import Runner, directly, flow_run_id, in_prefect, is_dead, who
 from flows.story import fold, story_of
 from flows.turn import BEGIN_S, still_claimed
 from flows.wiring import connect, links
+from policies import audit
 from policies.events import Phase, Requested, to_body
 from policies.rollout import Rollout
 from policies.verdict import GateReport, Verdict
@@ -71,6 +72,7 @@ def take_back(
     With `only`, the version that must not go on serving, it raises Refused where another serves by now, and PortError
     while a rollout is under way: what has come meanwhile is not guilty of it.
     """
+    by, reason = audit.clean_name(by), audit.clean(reason)  # no way back is refused for a character
     name = f"{model}-back-{uuid.uuid4().hex[:8]}"
     active = next(iter(ports.ledger.rollouts(model, active=True)), None) or _claim(ports, model, name, observer, run)
     if active != name:
@@ -187,7 +189,7 @@ def _begin(ports: Ports, former: Rollout, entries: list[Entry], name: str, by: s
     kind, body = to_body(event)
     more = {"back_from": event.stable, "shown_by": str(run) if (run := flow_run_id()) else None}
     kept = {key: entries[0].body[key] for key in ("policy", "policy_digest")}
-    ports.ledger.append(name, 1, event.at, by, kind, {**body, **kept, **more})
+    ports.ledger.append(name, 1, event.at, by, kind, audit.clean({**body, **kept, **more}))
 
 
 def proven_before(state: Rollout, _policy: Any) -> list[GateReport]:

@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.runner import Runner
 from flows.story import evidence_of, fold, policy_of
-from policies import approval, gates, rollout
+from policies import approval, audit, gates, rollout
 from policies.events import (
     LOOKED_AT,
     Checked,
@@ -141,18 +141,17 @@ class Controller:
     ) -> None:
         """Makes the event durable, then lets the machine take it. Somebody else's entries are taken in first."""
         kind, body = to_body(event)
+        body = audit.clean({**body, **(extra or {})})  # errors, tags, names of columns: they come from anywhere
         while True:
             now = self.ports.clock.now()
             rollout.step(self.state, replace(event, at=now))  # what the machine would refuse is never written
             try:
-                entry = self.ports.ledger.append(
-                    self.rollout, self.sequence + 1, now, self.who, kind, {**body, **(extra or {})}
-                )
+                entry = self.ports.ledger.append(self.rollout, self.sequence + 1, now, self.who, kind, body)
                 break
             except Refused:
                 self._catch_up()
         self.sequence = entry.sequence
-        written = replace(event, at=entry.at, number=entry.number)
+        written = from_body(entry.kind, entry.body, entry.at, entry.number)
         before = self.state.moved_by
         self.state, _ = rollout.step(self.state, written)
         if self.state.moved_by != before:
@@ -373,7 +372,7 @@ class Controller:
 
     def _shown_hash(self, shown: Mapping[str, Any]) -> str:
         """Binds an approval to what it was given on; only where the policy asks for any."""
-        return approval.shown_hash(shown) if self.state.terms.approvals else ""
+        return approval.shown_hash(audit.clean(shown)) if self.state.terms.approvals else ""
 
     def _wait(self, seconds: float) -> None:
         if seconds > 0:

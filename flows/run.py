@@ -9,10 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
+from flows.delivery import refuse_unfit
 from flows.live import LiveView
 from flows.overview import newest
 from flows.settings import Settings
 from flows.wiring import configure, connect, ledger, prefect_answers
+from policies import audit
 from policies.policy import PolicyError
 from tasks.ports import BadInput, Ledger, NotThere, PortError, Refused
 
@@ -47,6 +49,7 @@ def run_delivery(
     """Delivers on the running platform, with the live view on `out`; exit code and outcome."""
 
     def work() -> dict[str, Any]:
+        refuse_unfit(request)
         configure(settings)
         if not prefect_answers(settings):
             raise PortError("Prefect's server does not answer, and nothing was begun; see: lockgate doctor")
@@ -78,7 +81,7 @@ def run_rollback(
 
         with follow(out, ledger(settings), model):
             go_back = rollback_without_prefect if alone else rollback
-            return dict(go_back(model, reason or ORDERED, settings.person))
+            return dict(go_back(model, audit.clean(reason) or ORDERED, settings.person))
 
     def code_of(outcome: dict[str, Any]) -> int:
         from flows.rollback import is_gone

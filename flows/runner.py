@@ -12,6 +12,8 @@ from uuid import UUID
 import psutil
 from prefect.context import FlowRunContext
 
+from policies import audit
+
 
 class Runner(Protocol):
     """Runs a Prefect task; the simulation has its own, without the engine."""
@@ -46,7 +48,7 @@ def is_dead(who: str) -> bool:
 def _where() -> str:
     """The machine, and the space of process numbers on it: two containers may bear one name."""
     space = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()}:{space.stat().st_ino if space.exists() else ''}"
+    return f"{audit.clean_name(socket.gethostname())}:{space.stat().st_ino if space.exists() else ''}"
 
 
 def flow_run_id() -> UUID | None:

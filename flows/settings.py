@@ -14,6 +14,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from policies import audit
 from tasks.ports import BadInput
 
 
@@ -56,7 +57,7 @@ class Settings(BaseSettings):
     def person(self) -> str:
         """Who gives orders and approvals here."""
         try:
-            return self.user or getpass.getuser()
+            return audit.clean_name(self.user or getpass.getuser())
         except (KeyError, OSError):  # in a container that runs under any number, users have no names
             return f"uid {os.getuid()}"
 

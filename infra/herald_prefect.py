@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from infra.client_prefect import client
+from policies import audit
 from tasks.ports import Ledger, NotThere
 from tasks.ports_monitor import Notice
 
@@ -44,6 +45,7 @@ class PrefectHerald:
             "related": [*related, *_flow_run(notice.flow_run)],
             "payload": dict(notice.payload),
         }
+        body = audit.clean(body)  # a ledger may hold an older entry whose text no JSON can carry
         with client(_TIMEOUT_S, f"the event {notice.event} did not reach the Prefect server") as server:
             server.request("POST", "/events", json=[body])
 

@@ -15,12 +15,14 @@ import hashlib
 import hmac
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 FIRST_HASH = "0" * 64  # what the first entry names as the hash before it
 FIELDS = ("actor", "at", "body", "hash", "kind", "number", "previous_hash", "rollout", "sequence")
+_UNFIT = re.compile("[\0\ud800-\udfff]")  # NUL, and half a character: what no database and no UTF-8 can hold
 _FLOAT = "$float"  # JSON has no NaN and no infinity, evidence has: {"$float": "nan"}
 
 
@@ -100,13 +102,57 @@ def written(body: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def written_entry(
     rollout: str, at: float, actor: str, kind: str, body: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """As `written`, with the rest of the entry checked: a real time, names that can be shown. Raises NotCanonical."""
+    """As `written`, with the rest of the entry checked: a real time, names that can be shown, text that all can read.
+
+    Raises NotCanonical. What a machine writes goes through `clean` first: no way back fails for a character.
+    """
     if not math.isfinite(at):
         raise NotCanonical(f"{at} is no time for an entry")
     for what, text in (("rollout", rollout), ("actor", actor), ("kind", kind)):
         if not text or not text.isprintable():
             raise NotCanonical(f"{text!r} cannot be the {what} of an entry: it is empty, or cannot be shown")
-    return written(body)
+    text, again = written(body)
+    if "\\u" in text:  # else it is ASCII that can be shown
+        refuse_unfit(again)
+    return text, again
+
+
+def refuse_unfit(value: Any) -> None:
+    """Raises NotCanonical where a text in the value holds NUL or a lone surrogate (a byte that was no UTF-8)."""
+    for text in _texts(value):
+        found = _UNFIT.search(text)
+        if found is not None:
+            shown = ascii(text[max(0, found.start() - 30) : found.end() + 30])
+            raise NotCanonical(f"{shown} holds a character that cannot be kept ({found[0]!a}): write it in UTF-8")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def clean(value: Any) -> Any:
+    """The value with what `refuse_unfit` refuses replaced by U+FFFD: for what comes from elsewhere, an error's text
+    or a tag, into entries that a machine writes."""
+    if isinstance(value, str):
+        return _UNFIT.sub("\ufffd", value) if _UNFIT.search(value) else value
+    if isinstance(value, Mapping):
+        return {clean(key): clean(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(inner) for inner in value]
+    return value
+
+
+def clean_name(text: str) -> str:
+    """The text as the actor of an entry: what cannot be shown is replaced by U+FFFD."""
+    return "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
 def _finite(value: Any) -> Any:

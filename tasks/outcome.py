@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from policies import audit
 from policies.rollout import OUTCOMES, Rollout
 from policies.triggers import OUTCOME_TAG
 from tasks.ports import Ledger, Registry
@@ -52,4 +53,4 @@ def settle(registry: Registry, model: str, version: str, alias: str | None, outc
 @task(name="quarantine", timeout_seconds=60, cache_policy=NO_CACHE)
 def quarantine(ledger: Ledger, rollout: str, state: Rollout, reason: str) -> None:
     """These bytes are refused from now on, under whatever name they come."""
-    ledger.quarantine(state.digest, reason, rollout)
+    ledger.quarantine(state.digest, audit.clean(reason), rollout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from prefect.client.schemas.actions import VariableCreate, VariableUpdate
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -106,6 +108,21 @@ def test_a_run_that_somebody_has_deleted_is_an_error_of_the_port(empty: str) -> 
 def test_a_variable_that_somebody_has_deleted_is_an_error_of_the_port(empty: str) -> None:
     with temporary_settings({PREFECT_API_URL: empty}), pytest.raises(PortError, match=r"noted: .*404"):
         herald_prefect.PrefectHerald().note_told(7)
+
+
+def test_an_older_entry_whose_text_is_none_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else no event after it would ever be told."""
+    sent: list[bytes] = []
+
+    class Server:
+        def request(self, method: str, path: str, json: object) -> None:
+            sent.append(httpx.Request(method, f"http://server{path}", json=json).content)
+
+    monkeypatch.setattr(herald_prefect, "client", lambda *_: nullcontext(Server()))
+    notice = Notice("r1:3", "lockgate.rollout.paused", "m", "2", 1.0, {"reason": "caf\udce9", "share": 5}, "r1")
+    herald_prefect.PrefectHerald().tell(notice)
+    (event,) = json.loads(sent[0])
+    assert event["payload"] == {"reason": "caf\ufffd", "share": 5}
 
 
 class Variables:

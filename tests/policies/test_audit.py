@@ -204,6 +204,24 @@ def test_what_json_cannot_hold_is_refused_not_bent(value: dict[Any, Any]) -> Non
         audit.written(value)
 
 
+UNFIT = [{"reason": "caf\udce9"}, {"a": [{"b": "nul \0"}]}, {"k\ud800": 1}]
+
+
+@pytest.mark.parametrize("value", UNFIT)
+def test_text_that_no_database_holds_is_refused_and_clean_makes_it_fit(value: dict[str, Any]) -> None:
+    with pytest.raises(NotCanonical, match="holds a character that cannot be kept") as refused:
+        audit.written_entry("r1", 1.0, "t", "noted", value)
+    assert str(refused.value).isascii(), "it can be printed anywhere"
+    _, again = audit.written_entry("r1", 1.0, "t", "noted", audit.clean(value))
+    assert "\ufffd" in str(again)
+
+
+def test_text_that_fits_is_left_as_it_is() -> None:
+    value = {"reason": "caf\u00e9 \U0001f600 \\u0000", "n": [1, 2.5, None, True]}
+    assert audit.clean(value) == value == audit.written_entry("r1", 1.0, "t", "noted", value)[1]
+    assert audit.clean_name("ann\n\udce9\u00e9") == "ann\ufffd\ufffd\u00e9"
+
+
 def test_keys_that_are_numbers_become_texts_in_the_order_of_texts() -> None:
     assert audit.written({10: "b", 9: "a"}) == ('{"10":"b","9":"a"}', {"10": "b", "9": "a"})
 

@@ -82,7 +82,7 @@ class LedgerContract:
         self, ledger: Ledger, connect: Connect
     ) -> None:
         body = {
-            "text": "Grüße — \x00 \ud800 \"'\\",
+            "text": "Grüße — \x01 😀 \"'\\",
             "nested": {"b": [1, 2.5, -0.0, 1e300, 5e-324, 0.1 + 0.2], "a": None, "": True},
             "large": 2**70,
         }
@@ -111,6 +111,9 @@ class LedgerContract:
         for body in ({"when": object()}, {"set": {1}}, {"keys": {2: "b", "2": "a"}}, {"bytes": b"x"}):
             with pytest.raises(BadInput, match="r1"):
                 ledger.append("r1", 1, NOW, "t", "noted", body)
+        for text in ("caf\udce9", "nul \0"):  # PostgreSQL's JSON takes neither, and no UTF-8 the first
+            with pytest.raises(BadInput, match="cannot be kept"):
+                ledger.append("r1", 1, NOW, "t", "requested", {"model": "m", "request": {"reason": text}})
         for at, actor, kind in ((math.nan, "t", "noted"), (NOW, "a\nb", "noted"), (NOW, "t", "\0"), (NOW, "", "noted")):
             with pytest.raises(BadInput):
                 ledger.append("r1", 1, at, actor, kind, {})
@@ -184,7 +187,7 @@ class LedgerContract:
         for sequence in (1, 2, 3):
             append(ledger, "r1", sequence, request() if sequence == 1 else Taken(0.0, 0, f"c{sequence}"))
         ledger.quarantine("d1", "slower", "r1")
-        ledger.append("r2", 1, NOW, "ü", "looked", {"p": math.nan, "é": "\ud800"})
+        ledger.append("r2", 1, NOW, "ü", "looked", {"p": math.nan, "é": "😀"})
         lines, head = whole(ledger.lines()), ledger.head()
         assert [audit.parse(line)["number"] for line in lines] == [1, 2, 3, 4, 5]
         found = audit.verify(lines, head)

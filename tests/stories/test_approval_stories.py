@@ -13,6 +13,7 @@ from flows.rollback import take_back
 from flows.story import fold
 from policies.events import Phase
 from policies.rollout import Illegal, Rollout
+from policies.verdict import GateReport, Verdict
 from tasks.ports import NotThere, PortError
 from tests.stories.world import MODEL, POLICY, World, directly
 
@@ -75,6 +76,12 @@ def test_what_is_shown_is_the_evidence_that_it_was_asked_on() -> None:
     text = "\n".join(lines(question))
     assert question["evidence_hash"] in text
     assert question["digest"] in text
+
+
+def test_what_is_shown_is_what_was_kept_where_a_check_s_words_could_not_be() -> None:
+    world = World(BEFORE_CANARY.replace("    - shadow: {share: 1.0, for: 8s}\n", ""))
+    world.checks = [GateReport("data", Verdict.PASS, "column caf\udce9")]
+    assert drive(world, (5, say(world, "ann"))).phase is Phase.PROMOTED
 
 
 def test_an_approval_that_has_expired_is_not_shown_as_given() -> None:

@@ -196,6 +196,13 @@ def test_a_way_back_waits_for_the_rollout_under_way_however_long_that_takes_and_
     assert world.serving == "2"
 
 
+def test_a_column_s_name_that_no_ledger_takes_stops_no_rollback() -> None:
+    world = with_wrong_data()
+    world.contract.breaches = (ContractBreach("not_null", "caf\udce9", "9 of 100"),)
+    (look,) = world.look()
+    assert (look["began"], look["errors"], world.serving) == (["data"], {}, "2")
+
+
 def test_a_way_back_that_waits_is_not_gone_once_the_alarm_is_over() -> None:
     world = with_wrong_data()
     world.stable = "3"

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from flows.deliver import outcome_of
+from flows.delivery import requested
+from flows.orders import order
 from flows.rollback import is_gone, proven_before, take_back
 from flows.rollout import Controller
-from flows.run import run_rollback
+from flows.run import run_delivery, run_rollback
 from flows.settings import Settings
 from flows.story import fold, story_of
 from policies.events import Phase
 from policies.rollout import Rollout
-from tasks.ports import NotThere
+from policies.verdict import GateReport, Verdict
+from tasks.ports import BadInput, Deployment, NotThere, PortError
 from tests.stories.world import MODEL, World, directly
 
 
@@ -164,6 +169,59 @@ def test_the_command_s_exit_code_says_whether_the_bad_version_is_gone(
     assert run_rollback(Settings(), MODEL, "", None, Console(quiet=True))[0] == code
     monkeypatch.setattr("flows.rollback.rollback_without_prefect", lambda *_: {**delivered, "outcome": outcome})
     assert run_rollback(Settings(), MODEL, "", None, Console(quiet=True))[0] == {0: 1, 1: 0, 3: 3}[code]
+
+
+BAD = "caf\udce9 \0"
+
+
+def test_no_way_back_is_refused_for_a_character_wherever_it_comes_from() -> None:
+    """Invariant 9. From the terminal, an environment, a policy of an older ledger, and a port's error."""
+    world = promoted("1", "2")
+    request = world.ledger.read("r0")[0]
+    request.body["policy"]["monitor"]["data"] = BAD  # type: ignore[index]
+    deploy, tries = world.target.deploy, [PortError(BAD)]
+
+    def fails_first(wanted: Deployment, trial: bool = False) -> object:
+        if tries:
+            raise tries.pop()
+        return deploy(wanted, trial)
+
+    world.target.deploy = fails_first  # type: ignore[method-assign, assignment]
+    name, state = take_back(world.ports, MODEL, BAD, BAD, world.seen.append, directly)
+    assert (state.phase, serving(world)) == (Phase.PROMOTED, "1")
+    book = world.ledger.read(name)
+    assert state == fold(book)
+    assert [entry.body["error"] for entry in book if entry.kind == "failed"] == ["caf\ufffd \ufffd"]
+    assert (book[0].actor, book[0].body["reason"]) == ("caf\ufffd \ufffd", "caf\ufffd \ufffd")
+
+
+def test_a_refusal_is_settled_whatever_the_check_says() -> None:
+    world = World()
+    world.checks = [GateReport("data", Verdict.FAIL, BAD)]
+    state = world.drive()
+    assert (state.phase, state.reason) == (Phase.REFUSED, "data: caf\ufffd \ufffd")
+    assert world.ledger.unsettled() == []
+
+
+def test_an_order_that_holds_such_a_character_is_refused_unless_it_goes_back() -> None:
+    world = World()
+    name = world.request()
+    dies_at(world, world.clock.monotonic + 12.0, world.controller(name).drive)
+    before = world.ledger.head()
+    with pytest.raises(BadInput, match="write it in UTF-8"):
+        order(world.ports, name, "ann/1", "pause", BAD, "ann")
+    assert world.ledger.head() == before
+    order(world.ports, name, "ann/1", "abort", BAD, "ann")
+    assert world.controller(name).drive().phase is Phase.ROLLED_BACK
+
+
+def test_a_delivery_that_could_not_be_written_down_is_refused_before_anything_has_come_of_it(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="write it in UTF-8"):
+        requested(tmp_path, MODEL, 1, None, None, None, reason=BAD)
+    request = {"model": MODEL, "version": None, "source": "caf\udce9.onnx", "policy": "p", "files": {}, "reason": ""}
+    err = Console(file=StringIO())
+    assert run_delivery(Settings(), request, None, err)[0] == 2
+    assert "cannot be kept" in err.file.getvalue()  # type: ignore[attr-defined]
 
 
 def dies_at(world: World, moment: float, drive: Callable[[], object]) -> None:
