@@ -216,12 +216,12 @@ def test_what_a_superuser_has_edited_deleted_swapped_or_cut_off_is_named(
         for statement in statements:
             stored.execute(statement.encode())
         stored.commit()
-        found = audit.verify(ledger.lines(), ledger.head(), known=known)
+        found = audit.verify(ledger.lines(), ledger.head(), known=[known])
         stored.execute("DELETE FROM lockgate_entries")
         stored.execute("INSERT INTO lockgate_entries TABLE kept")
         stored.execute("DROP TABLE kept")
         stored.commit()
-        assert audit.verify(ledger.lines(), ledger.head(), known=known).breach is None
+        assert audit.verify(ledger.lines(), ledger.head(), known=[known]).breach is None
         return found.breach.number if found.breach is not None else None
 
     table = "lockgate_entries"
