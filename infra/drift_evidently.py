@@ -103,7 +103,7 @@ class EvidentlyDrift:
         """
         if method not in METHODS:
             raise BadInput(f"method '{method}' is not known; it is one of {', '.join(METHODS)}")
-        what = (of, tuple(columns), method) if of else object()
+        what = _name(of, columns, method) if of else object()
         asked = self._asked.get(what)
         if asked is None:
             windows = [
@@ -114,6 +114,10 @@ class EvidentlyDrift:
         answer = self._receive(what, asked, self._wait_s if of else self._timeout_s, patient=bool(of))
         assert isinstance(answer, Drift)
         return answer
+
+    def under_way(self, of: str, columns: Sequence[str], method: str) -> bool:
+        """Whether such a comparison has been asked for, so that the next call of `compare` needs no windows."""
+        return _name(of, columns, method) in self._asked
 
     def report_html(
         self,
@@ -222,6 +226,10 @@ class EvidentlyDrift:
                         asked.answer = f"Evidently could not compare: {error}" if error else None, answer
         except (EOFError, OSError):
             self._end()
+
+
+def _name(of: str, columns: Sequence[str], method: str) -> object:
+    return of, tuple(columns), method
 
 
 def _window(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from infra.drift_evidently import EvidentlyDrift
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _SETTLE_S = 3.0  # segments are written every second, and a copy may be answered after the original
+_READ_S = 1.0  # of a look
 _OWN = ("prediction", "status", "row")
 _KEY = ["request_id", "row"]
 
@@ -43,6 +46,7 @@ class LiveTelemetry:
         self._labelled = LabelledAnswers(agent_home)
         self._drift = drift
         self._pairs: dict[tuple[str, str, str, float, float], _Counted] = {}
+        self._reading: dict[str, Future[list[pa.Table]]] = {}
 
     def warm(self) -> None:
         self._drift.warm()
@@ -53,10 +57,33 @@ class LiveTelemetry:
     def drift(
         self, model: str, stable: str, candidate: str, columns: Sequence[str], method: str, since: float
     ) -> Drift:
-        names = [name if name in _OWN else f"in.{name}" for name in columns]
-        tables = self._windows(model, (stable, candidate), since)
+        import pyarrow as pa
+
+        names = tuple(name if name in _OWN else f"in.{name}" for name in columns)
         of = f"{model} {stable} {candidate} {since}"  # a comparison takes longer than a look: a later one fetches it
-        return self._drift.compare(tables[0], tables[1], tuple(names), method, of)
+        tables = [pa.table({})] * 2
+        if not self._drift.under_way(of, names, method):
+            tables = self._read_aside(of, lambda: self._windows(model, (stable, candidate), since))
+        return self._drift.compare(tables[0], tables[1], names, method, of)
+
+    def _read_aside(self, of: str, read: Callable[[], list[pa.Table]]) -> list[pa.Table]:
+        """What `read` gives, or raises. While it takes longer than a look may, NotThere: a later look fetches it.
+
+        Hours of little traffic are tens of thousands of segments, and whoever looks renews the lease, too.
+        """
+        if of not in self._reading:
+            made: Future[list[pa.Table]] = Future()
+            self._reading[of] = made
+            Thread(target=_fulfil, args=(made, read), name="sampled-rows", daemon=True).start()
+        try:
+            tables = self._reading[of].result(_READ_S)
+        except TimeoutError as exc:
+            raise NotThere("the sampled rows are being read") from exc
+        except BaseException:
+            del self._reading[of]
+            raise
+        del self._reading[of]
+        return tables
 
     def _windows(self, model: str, versions: Sequence[str], since: float) -> list[pa.Table]:
         """The newest rows of both versions, of one time: the world may move, and their shares of the traffic differ.
@@ -97,6 +124,13 @@ class LiveTelemetry:
 
     def outcomes(self, model: str, stable: str, candidate: str, metric: str, since: float, wait: float) -> Outcomes:
         return self._labelled.outcomes(model, stable, candidate, metric, since, wait)
+
+
+def _fulfil(made: Future[list[pa.Table]], read: Callable[[], list[pa.Table]]) -> None:
+    try:
+        made.set_result(read())
+    except BaseException as exc:  # noqa: BLE001 - it is raised where the result is asked for
+        made.set_exception(exc)
 
 
 def _first(table: pa.Table) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from infra.drift_evidently import EvidentlyDrift
+from infra.samples_arrow import SampledRows
 from infra.telemetry import LiveTelemetry
 from policies import shifts
 from policies.evidence import Drift, Pairs
@@ -92,6 +94,42 @@ def test_what_the_servers_have_deleted_of_one_version_is_not_compared_with_the_o
     windows = Windows()
     LiveTelemetry(tmp_path, windows).drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
     assert [times.min() for times in windows.times] == [60.0, 60.0]
+
+
+def test_reading_the_rows_keeps_no_look_waiting_and_is_done_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks renews the lease, too."""
+    sampled(tmp_path, "1")
+    sampled(tmp_path, "2")
+    monkeypatch.setattr("infra.telemetry._READ_S", 0.0)
+    may_read, reads, read = threading.Event(), [], SampledRows.read
+
+    def slow(rows: SampledRows, model: str, version: str, *more: Any) -> pa.Table:
+        reads.append(version)
+        may_read.wait(60)
+        return read(rows, model, version, *more)
+
+    monkeypatch.setattr(SampledRows, "read", slow)
+    telemetry = LiveTelemetry(tmp_path, Windows())
+    for _ in range(3):
+        with pytest.raises(NotThere, match="being read"):
+            telemetry.drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
+    monkeypatch.setattr("infra.telemetry._READ_S", 60.0)
+    may_read.set()
+    assert telemetry.drift("m", "1", "2", ["prediction"], "wasserstein", 0.0).rows_stable == 10
+    assert reads == ["1", "2"]
+
+
+def test_while_a_comparison_is_under_way_no_rows_are_read(tmp_path: Path) -> None:
+    class Busy(EvidentlyDrift):
+        def under_way(self, *_: object) -> bool:
+            return True
+
+        def compare(self, *windows: Any, **__: Any) -> Drift:
+            return Drift(windows[0].num_rows, windows[1].num_rows, (), 1.0)
+
+    assert LiveTelemetry(tmp_path, Busy()).drift("m", "1", "2", ["prediction"], "ks", 0.0).rows_stable == 0
 
 
 def test_pairs_of_another_rollout_or_by_another_tolerance_are_counted_anew(tmp_path: Path) -> None:
