@@ -3,7 +3,8 @@
 Its state is one file; `begin` makes the machine be as the file says, going on with the processes that survived a killed
 agent. A change of traffic is answered once it is on disk and in force; both are waited for at once, since a disk may
 take longer than all the rest. An agent that dies in between has answered nobody, and goes on from the former state or
-the new one. What takes traffic away comes into force whatever the disk is doing, for this change or another.
+the new one. What takes traffic away comes into force whatever the disk is doing, for this change or another: where the
+gateway cannot be told, whoever lost a share is stopped.
 """
 
 from __future__ import annotations
