@@ -82,11 +82,11 @@ class ArrowRecordings:
 
         def compare(stable: NDArray[np.int64], candidate: NDArray[np.int64]) -> Drift | None:
             newest = [numbers[-shifts.WINDOW_ROWS :] for numbers in (stable, candidate)]
-            begun = min((numbers[0] for numbers in newest if len(numbers)), default=0)  # both windows are of one time
-            first, second = (
-                side(answers, numbers[numbers >= begun])
-                for answers, numbers in ((recording.stable, stable), (recording.candidate, candidate))
-            )
+            begun = min((numbers[0] for numbers in newest if len(numbers)), default=0)
+            both = [numbers[numbers >= begun] for numbers in (stable, candidate)]
+            chosen = shifts.concurrent(both[0].astype(float), both[1].astype(float))
+            first = side(recording.stable, both[0][chosen[0]])
+            second = side(recording.candidate, both[1][chosen[1]])
             try:
                 return self._drift.compare(first, second, tuple(columns), gate.method)
             except NotThere:

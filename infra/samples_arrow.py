@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 from tasks.ports import PortError
 
 ROWS_MAX = 50_000
-_SEGMENTS = 1_000  # from so many at least rows are taken where they are thinned: to open a segment is what takes time
 
 
 class SampledRows:
@@ -23,27 +22,22 @@ class SampledRows:
     def __init__(self, agent_home: Path) -> None:
         self._folder = agent_home / "samples"
 
-    def read(self, model: str, version: str, since: float, rows_max: int = ROWS_MAX, every: int = 1) -> pa.Table:
+    def read(self, model: str, version: str, since: float, rows_max: int = ROWS_MAX, segments_max: int = 0) -> pa.Table:
         """The newest `rows_max` rows answered at or after `since` (POSIX seconds), oldest first.
 
-        With `every`, they are evenly thinned: the newest row is taken and each so-manieth before it. Of very many
-        segments some are left out, and of the others more rows are taken.
+        Of more than `segments_max` segments, if given, some are left out evenly: to open one is what takes time.
 
         Columns: request_id, row, time, in.*, prediction, status. Without any rows the table has no columns.
         Raises PortError if the folder cannot be read, or if a segment is no Arrow file.
         """
         tables: list[pa.Table] = []
-        rows, met = 0, 0
+        rows = 0
         segments = self._newest_first(model, version, since)
-        apart = max(1, min(every, len(segments) // _SEGMENTS))
-        every //= apart
+        apart = -(-len(segments) // segments_max) if segments_max and segments else 1
         for segment in segments[::apart]:
             table = _rows_since(segment, since)
             if table is None or table.num_rows == 0:
                 continue
-            if every > 1:
-                met += table.num_rows
-                table = table.take(pa.array(range((met - 1) % every, table.num_rows, every), pa.int64()))
             tables.append(table)
             rows += table.num_rows
             if rows >= 2 * rows_max:  # replicas' segments overlap in time: some more, then the newest of them

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 _SETTLE_S = 3.0  # segments are written every second, and a copy may be answered after the original
 _READ_S = 1.0  # of a look
+_SEGMENTS_MAX = 2_000  # that are opened for the rows beside those of a version that answers less
 _OWN = ("prediction", "status", "row")
 _KEY = ["request_id", "row"]
 
@@ -86,25 +86,21 @@ class LiveTelemetry:
         return tables
 
     def _windows(self, model: str, versions: Sequence[str], since: float) -> list[pa.Table]:
-        """The newest rows of both versions, of one time: the world may move, and their shares of the traffic differ.
-
-        Where one answers so much more that its newest rows are of a shorter time, they are thinned instead.
-        """
-        import pyarrow.compute as pc
+        """The newest rows of both versions, of the same times: the world may move, and their shares of the traffic
+        differ. Where one answers so much more that its newest rows are of a shorter time, more of them are read."""
+        import pyarrow as pa
 
         tables = [self._rows(model, version, since, shifts.WINDOW_ROWS) for version in versions]
         begun = min(_first(table) for table in tables)
         for index, version in enumerate(versions):
-            first, last = _first(tables[index]), float(tables[index]["time"][-1].as_py())
-            if tables[index].num_rows == shifts.WINDOW_ROWS and begun < first < last:
-                every = math.ceil((last - begun) / (last - first))
-                tables[index] = self._rows(model, version, begun, 2 * shifts.WINDOW_ROWS, every)
-        begun = max(_first(table) for table in tables)
-        return [table.filter(pc.greater_equal(table["time"], begun)) for table in tables]
+            if tables[index].num_rows == shifts.WINDOW_ROWS and begun < _first(tables[index]):
+                tables[index] = self._rows(model, version, begun, 10 * shifts.WINDOW_ROWS, _SEGMENTS_MAX)
+        chosen = shifts.concurrent(*(table["time"].to_numpy() for table in tables))
+        return [table.take(pa.array(rows)) for table, rows in zip(tables, chosen, strict=True)]
 
-    def _rows(self, model: str, version: str, since: float, rows_max: int, every: int = 1) -> pa.Table:
+    def _rows(self, model: str, version: str, since: float, *limits: int) -> pa.Table:
         """The rows that `SampledRows.read` finds. Raises NotThere where there is none."""
-        table = self._samples.read(model, version, since, rows_max, every)
+        table = self._samples.read(model, version, since, *limits)
         if table.num_rows == 0:
             raise NotThere(f"{model} v{version} has no sampled rows yet")
         return table

@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy import special
 
 from policies import faults, stats
@@ -23,9 +25,8 @@ from policies.verdict import GateReport, Verdict
 
 LOOKS = (0.0, 0.5, 1.0)  # the shares of a stage's length after which a comparison may raise an alarm
 EVERY_S = 4.0  # between two comparisons
-# The newest rows of the version that answers fewer, and as many of the other's from the same time; some more than are
-# compared: answers that were errors are left out.
-WINDOW_ROWS = 22_000
+WINDOW_ROWS = 22_000  # newest rows of each version; some more than are compared: answers that were errors are left out
+_BINS_MAX, _BIN_ROWS = 100, 40  # bins of time in which windows are made alike, and rows that each should have
 RESAMPLES = 100  # of the windows, from which a detector takes the standard error of a distance
 _MISSING_PART = 0.1  # of each look's alpha: that values are missing is seen at once, by an exact test
 MISSING_MARGIN = 0.01  # so many more missing values are tolerated
@@ -72,6 +73,39 @@ class Scene:
     def alpha_distance(self) -> float:
         """What is left of it for the distances, beside the missing values."""
         return (1.0 - _MISSING_PART) * self.alpha_look
+
+
+def concurrent(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Which rows of both windows to compare, by the times of all of them (ascending): as many of the one for each of
+    the other at any time.
+
+    Else a world that moves while the versions' shares of the traffic change is a difference between the versions. Rows
+    before the later begin are left out; in each bin of time, so are those that are too many for a common ratio, which
+    is the one of all rows, or else 1, whichever leaves more to compare. All bins have as many rows of the version that
+    has fewer.
+    """
+    times = (first, second)
+    begun = max((each[0] for each in times if len(each)), default=0.0)
+    fewer = min((each[each >= begun] for each in times), key=len)
+    if not len(fewer):
+        return np.empty(0, np.intp), np.empty(0, np.intp)
+    bins = min(max(len(fewer) // _BIN_ROWS, 1), _BINS_MAX)
+    edges = fewer[np.linspace(0, len(fewer) - 1, bins + 1).astype(np.intp)]
+    edges[0] = begun
+    places = [np.searchsorted(edges, each, side="right") for each in times]
+    counts = np.array([np.bincount(each, minlength=bins + 2) for each in places], dtype=float)
+    counts[:, 0] = 0.0
+    total = counts.sum(axis=1)
+    ratios = (1.0, total[0] / total[1]) if total.all() else (1.0,)
+    kept = [np.rint(np.minimum(counts, [counts[1] * ratio, counts[0] / ratio])).astype(int) for ratio in ratios]
+    best = max(kept, key=lambda each: 1.0 / np.sum(1.0 / np.maximum(each.sum(axis=1), 1e-9)))
+    chosen = []
+    for place, wanted in zip(places, best, strict=True):
+        begins = np.searchsorted(place, np.arange(bins + 2))
+        ends = np.searchsorted(place, np.arange(bins + 2), side="right")
+        spread = [np.linspace(b, e - 1, n).astype(np.intp) for b, e, n in zip(begins, ends, wanted, strict=True) if n]
+        chosen.append(np.concatenate(spread) if spread else np.empty(0, np.intp))
+    return chosen[0], chosen[1]
 
 
 def standard_errors(chance: float) -> float:

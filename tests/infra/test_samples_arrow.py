@@ -8,7 +8,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from infra import samples_arrow
 from infra.samples_arrow import SampledRows
 from tasks.ports import PortError
 
@@ -47,23 +46,13 @@ def test_the_newest_rows_are_kept_when_there_are_too_many(tmp_path: Path) -> Non
     assert rows["time"].to_pylist() == [1085.0 + second for second in range(15)]
 
 
-def test_rows_are_thinned_evenly_whatever_segments_they_stand_in(tmp_path: Path) -> None:
+def test_of_very_many_segments_only_some_are_opened(tmp_path: Path) -> None:
     for number in range(6):
-        segment(tmp_path, f"a-{number}", [1000.0 + 5 * number + second for second in range(5)])
-    rows = SampledRows(tmp_path).read("flights", "3", since=0.0, rows_max=8, every=3)
-    assert rows["time"].to_pylist() == [1008.0 + 3 * number for number in range(8)]
-    rows = SampledRows(tmp_path).read("flights", "3", since=1022.0, every=12)
-    assert rows["time"].to_pylist() == [1029.0], "there are segments of which no row is taken"
-
-
-def test_very_many_segments_are_not_all_opened_for_a_few_rows_of_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(samples_arrow, "_SEGMENTS", 3)
-    for number in range(6):
-        segment(tmp_path, f"a-{number}", [1000.0 + 10 * number + second for second in range(10)])
-    rows = SampledRows(tmp_path).read("flights", "3", since=0.0, every=10)
-    assert rows["time"].to_pylist() == [1014.0, 1019.0, 1034.0, 1039.0, 1054.0, 1059.0]
+        segment(tmp_path, f"a-{number}", [1000.0 + 10 * number, 1001.0 + 10 * number])
+    rows = SampledRows(tmp_path).read("flights", "3", since=0.0, segments_max=3)
+    assert rows["time"].to_pylist() == [1010.0, 1011.0, 1030.0, 1031.0, 1050.0, 1051.0]
+    assert SampledRows(tmp_path).read("flights", "3", since=0.0, segments_max=6).num_rows == 12
+    assert SampledRows(tmp_path).read("flights", "4", since=0.0, segments_max=6).num_rows == 0
 
 
 def test_no_samples_are_an_empty_table(tmp_path: Path) -> None:
