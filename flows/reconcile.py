@@ -194,7 +194,11 @@ def reconcile_with(
         for name in names:
             entries = ports.ledger.read(name)
             now = ports.clock.now()
-            left = at_once or _left_by(crashed, entries) or _abandoned(entries, now)
+            try:
+                left = at_once or _left_by(crashed, entries) or _abandoned(entries, now)
+            except PortError as exc:  # nobody else's rollout waits for one whose policy cannot be read
+                done.leave(name, str(exc))
+                continue
             if name in given_up or (left and not _only_waits(entries, now)):
                 jobs[name] = _job(done, name, partial(go_on, name, entries))
         drive(jobs)

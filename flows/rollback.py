@@ -19,7 +19,7 @@ from flows.orders import abort, over
 from flows.publish import Publisher
 from flows.rollout import Controller
 from flows.runner import Runner, directly, flow_run_id, in_prefect, is_dead, whoami
-from flows.story import fold, story_of
+from flows.story import fold, policy_of, story_of
 from flows.turn import BEGIN_S, still_claimed
 from flows.wiring import connect, links
 from policies import audit
@@ -82,6 +82,7 @@ def take_back(
     try:
         _refuse_another(ports, model, only)
         former, entries = _former(ports, model)  # not before the claim: until then another version may come to serve
+        policy_of(entries)  # before anything is written that could not be gone on with
     except PortError:
         ports.ledger.release(model, "local", name)
         raise

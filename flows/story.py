@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from policies import gates, rollout
 from policies.events import Event, Noted, Phase, from_body
 from policies.evidence import Counts, Evidence
 from policies.policy import Policy
 from policies.rollout import OUTCOMES, Rollout, step
 from policies.verdict import GateReport, Verdict
-from tasks.ports import Entry, Ledger, Look, Page, Story
+from tasks.ports import Entry, Ledger, Look, Page, PortError, Story
 
 
 def policy_of(entries: Sequence[Entry]) -> Policy:
-    """The policy that the rollout was requested under: it is in the first entry, whatever became of the file."""
-    return Policy.model_validate(entries[0].body["policy"])
+    """The policy that the rollout was requested under: it is in the first entry, whatever became of the file.
+
+    Raises PortError for one that another version of lockgate wrote and this one cannot read.
+    """
+    try:
+        return Policy.model_validate(entries[0].body["policy"])
+    except ValidationError as exc:
+        told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors())
+        raise PortError(f"the policy of rollout {entries[0].rollout} cannot be read: {told}") from exc
 
 
 def target_of(entries: Sequence[Entry]) -> str:

@@ -13,12 +13,14 @@ from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -54,7 +56,21 @@ Seconds = Annotated[
     Field(ge=0, allow_inf_nan=False),
 ]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Copies = Annotated[float, Field(ge=0.01, le=1, allow_inf_nan=False)]  # the gateway counts in percent
+NEW = {"new": True}  # the context in which a policy is validated that nobody has delivered under yet
+
+
+def _is_new(info: ValidationInfo) -> bool:
+    """Some rules are for new policies only: one in the ledger, from before there was the rule, can still be read."""
+    return info.context == NEW
+
+
+def _in_percent(share: float, info: ValidationInfo) -> float:
+    if share < 0.01 and _is_new(info):
+        raise ValueError(f"{share:g} is less than a percent, in which the gateway counts; choose 0.01 at least")
+    return share
+
+
+Copies = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), AfterValidator(_in_percent)]
 Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -223,8 +239,8 @@ class Drifting(_Strict):
     rows_min: int = Field(500, ge=100, description="Rows of each version, before anything is said; as compared.")
 
     @model_validator(mode="after")
-    def _comparable(self) -> Drifting:
-        if self.rows_min > (most := rows_max(self.method)):
+    def _comparable(self, info: ValidationInfo) -> Drifting:
+        if self.rows_min > (most := rows_max(self.method)) and _is_new(info):
             raise ValueError(
                 f"rows_min is {self.rows_min:,}, and {self.method} compares {most:,} rows of each version at most;"
                 f" choose {most:,} at most, or it would never pass"
@@ -309,10 +325,10 @@ class RolloutPolicy(_Strict):
         return self
 
     @model_validator(mode="after")
-    def _exceedable(self) -> RolloutPolicy:
+    def _exceedable(self, info: ValidationInfo) -> RolloutPolicy:
         """Requests are timed by a histogram: none is counted beyond a latency that only its edges after the time-out
         tell apart."""
-        if self.gates.latency is None:
+        if self.gates.latency is None or not _is_new(info):
             return self
         longest_s = TIMEOUT_S if self.timeout is None else self.timeout
         most = max((edge for edge in LATENCY_EDGES_MS if edge < 1000.0 * longest_s), default=0.0)
@@ -333,9 +349,16 @@ class LiveDrift(_Strict):
         "wasserstein", description="The distance of numbers; text is compared by jensenshannon."
     )
     threshold: Positive = Field(0.1, description="Smallest distance that counts as a difference.")
-    rows_min: int = Field(
-        1000, ge=200, le=MONITOR_ROWS_MAX, description="Sampled rows of a period, and of the reference."
-    )
+    rows_min: int = Field(1000, ge=200, description="Sampled rows of a period, and of the reference.")
+
+    @model_validator(mode="after")
+    def _comparable(self, info: ValidationInfo) -> LiveDrift:
+        if self.rows_min > MONITOR_ROWS_MAX and _is_new(info):
+            raise ValueError(
+                f"rows_min is {self.rows_min:,}, and {MONITOR_ROWS_MAX:,} rows are compared at most; choose"
+                f" {MONITOR_ROWS_MAX:,} at most, or nothing would ever be said"
+            )
+        return self
 
 
 class LiveQuality(_Strict):

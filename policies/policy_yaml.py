@@ -8,7 +8,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from policies.policy import Policy, PolicyError
+from policies.policy import NEW, Policy, PolicyError
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,7 +48,7 @@ def parse(text: str, source: str = "policy") -> Policy:
     if not isinstance(data, dict):
         raise PolicyError(f"{source}: a policy is a mapping of keys, not {type(data).__name__}")
     try:
-        return Policy.model_validate(data)
+        return Policy.model_validate(data, context=NEW)
     except ValidationError as exc:
         raise PolicyError("\n".join(f"{source}, {_sentence(error, tree)}" for error in exc.errors())) from exc
 

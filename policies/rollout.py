@@ -45,6 +45,11 @@ from policies.policy import Policy
 from policies.verdict import Verdict
 
 
+def _percent(share: float) -> int:
+    """At least one, if there is any share: a route without a candidate would be another thing."""
+    return max(1, round(100 * share)) if share > 0 else 0
+
+
 def terms(policy: Policy) -> Terms:
     """The machine's part of a policy."""
     rules = policy.rollout
@@ -52,7 +57,7 @@ def terms(policy: Policy) -> Terms:
         Stop(
             phase=Phase.CANARY if stage.canary else Phase.SHADOW,
             weight=stage.canary.weight if stage.canary else 0,
-            shadow=round(100 * stage.share),
+            shadow=_percent(stage.share),
             length_s=stage.length_s,
         )
         for stage in rules.stages
@@ -60,7 +65,7 @@ def terms(policy: Policy) -> Terms:
     return Terms(
         stops=stops,
         watch_s=rules.watch.length,
-        watch_shadow=round(100 * rules.watch.shadow),
+        watch_shadow=_percent(rules.watch.shadow),
         patience_s=rules.patience,
         grace_s=rules.grace,
         pause_max_s=rules.pause_max,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -310,3 +311,12 @@ def test_a_registry_that_is_down_leaves_its_part_to_the_next_pass_and_stops_noth
     world.registry.down = False
     a_pass(world, at_once=True)
     assert world.ledger.unsettled() == []
+
+
+def test_a_rollout_whose_policy_cannot_be_read_is_left_and_keeps_no_other_waiting() -> None:
+    world = World()
+    dies_after(world, 15.0)
+    first = world.ledger._books["r1"][0]
+    world.ledger._books["r1"][0] = replace(first, body={**first.body, "policy": {"policy": "of-tomorrow"}})
+    for at_once in (True, False):
+        assert "the policy of rollout r1 cannot be read" in a_pass(world, at_once=at_once).left["r1"]

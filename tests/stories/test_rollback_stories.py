@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from flows.deliver import outcome_of
@@ -20,7 +21,9 @@ from flows.run import run_delivery, run_rollback
 from flows.settings import Settings
 from flows.story import fold, story_of
 from policies.events import Phase
-from policies.rollout import Rollout
+from policies.policy import Policy, PolicyError
+from policies.policy_yaml import parse
+from policies.rollout import Rollout, terms
 from policies.verdict import GateReport, Verdict
 from tasks.ports import BadInput, Deployment, NotThere, PortError
 from tests.stories.world import MODEL, World, directly
@@ -109,6 +112,38 @@ def test_each_rollback_goes_further_back_and_none_forward_to_what_was_taken_back
     with pytest.raises(NotThere, match=r"it serves v1\. What was taken back can be delivered anew"):
         goes_back(world)
     assert serving(world) == "1"
+
+
+def rewritten(world: World, rollout: str, policy: Any) -> None:
+    """The rollout was requested under another policy."""
+    first = world.ledger._books[rollout][0]
+    world.ledger._books[rollout][0] = replace(first, body={**first.body, "policy": policy})
+
+
+def test_a_way_back_to_a_version_of_a_policy_that_would_be_refused_today() -> None:
+    """No rule that is new keeps what the ledger has from being read."""
+    text = (
+        "policy: old\nrollout:\n  timeout: 1s\n  stages: [shadow: {share: 0.004, for: 5s}]\n"
+        "  watch: {shadow: 0.004}\n  gates: {latency: {slo_ms: 2000}, drift: {method: ks, rows_min: 9000}}\n"
+        "monitor: {drift: {rows_min: 9000}}\n"
+    )
+    with pytest.raises(PolicyError):
+        parse(text)
+    old = yaml.safe_load(text)
+    assert terms(Policy.model_validate(old)).stops[0].shadow == 1
+    world = promoted("1", "2")
+    rewritten(world, "r0", old)
+    assert goes_back(world)[1].phase is Phase.PROMOTED
+    assert serving(world) == "1"
+
+
+def test_a_policy_that_cannot_be_read_at_all_leaves_no_claim_behind() -> None:
+    world = promoted("1", "2")
+    rewritten(world, "r0", {"policy": "of-tomorrow", "unheard": "of"})
+    with pytest.raises(PortError, match="the policy of rollout r0 cannot be read: rollout: Field required; unheard"):
+        goes_back(world)
+    assert serving(world) == "2"
+    assert world.ledger.claim(MODEL, "local", "next") == "next"
 
 
 def test_what_was_taken_back_and_delivered_anew_is_gone_back_to_again() -> None:
