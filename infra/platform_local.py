@@ -127,11 +127,16 @@ def lock(home: Path) -> int:
         ) from exc
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
+    except BlockingIOError as exc:
         pid = os.read(descriptor, 20).decode(errors="replace").strip()
         os.close(descriptor)
         raise PortError(
             f"a platform runs in {home} already, or is on its way up or down (process {pid}); see: lockgate status"
+        ) from exc
+    except OSError as exc:
+        os.close(descriptor)
+        raise PortError(
+            f"the folder {home} cannot be locked: {exc.strerror or exc}; set LOCKGATE_HOME to one on a local disk"
         ) from exc
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, and does not tell whose it is
         os.ftruncate(descriptor, 0)
@@ -195,7 +200,15 @@ class LocalPlatform:
 
     def start(self, progress: Callable[[str], None] = lambda _text: None) -> Addresses:
         """All parts are ready when this returns. Raises PortError; whatever had started is stopped again."""
-        self._lock = lock(self.home)
+        held = lock(self.home)
+        try:
+            already = running(self.home)
+            if already is not None:  # by a version that takes no lock
+                raise PortError(f"a platform runs in {self.home} already (process {already.pid}); see: lockgate status")
+        except PortError:
+            os.close(held)
+            raise
+        self._lock = held
         try:
             self._check_ports()
             (self.home / "logs").mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -53,6 +54,33 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
     made = Time()
     monkeypatch.setattr(platform_local, "time", made)
     return made
+
+
+def test_a_platform_of_a_version_that_takes_no_lock_keeps_its_file(tmp_path: Path) -> None:
+    first, second = Idle(tmp_path), Idle(tmp_path)
+    try:
+        first.start()
+        assert first._lock is not None
+        os.close(first._lock)
+        before = (tmp_path / "platform.json").read_bytes()
+        with pytest.raises(PortError, match=rf"runs in .* already \(process {os.getpid()}\)"):
+            second.start()
+        second.stop()
+        assert (tmp_path / "platform.json").read_bytes() == before
+    finally:
+        first._lock = None
+        first.stop()
+
+
+def test_a_folder_that_cannot_be_locked_is_not_called_another_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("infra.platform_local.fcntl.flock", refuse)
+    with pytest.raises(PortError, match="cannot be locked: No locks available; set LOCKGATE_HOME"):
+        Idle(tmp_path).start()
 
 
 def test_a_second_platform_in_a_folder_is_refused_from_the_first_s_first_step_to_its_last(tmp_path: Path) -> None:
