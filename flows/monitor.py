@@ -190,16 +190,16 @@ def _newest(ports: Ports, subject: Subject) -> tuple[Entry, Entry] | None:
     return found if found is not None and found[0].body["seen"]["version"] == subject.version else None
 
 
-def _standing(ports: Ports, subject: Subject) -> tuple[set[str], bool]:
-    """The alarms that stand, and whose beginning has been acted on; whether the way back is still owed to one."""
+def _standing(ports: Ports, subject: Subject) -> tuple[set[str], set[str], bool]:
+    """The alarms that stand; those of them whose beginning has not been acted on; whether a way back is owed to one."""
     found = _newest(ports, subject)
     if found is None:
-        return set(), False
+        return set(), set(), False
     look, last = found
     steps = look.body["steps"]
     if last is look:
-        return set(steps["standing"]) - set(steps["began"]), steps["rollback"]
-    return set(steps["standing"]), last.body.get("owed", False)
+        return set(steps["standing"]), set(steps["began"]), steps["rollback"]
+    return set(steps["standing"]), set(), last.body.get("owed", False)
 
 
 # ---------------------------------------------------------------- a look
@@ -212,7 +212,8 @@ def _look(
     with TemporaryDirectory(prefix="lockgate-monitor-") as folder:
         seen, window = gather(ports, more, subject, period, Path(folder), run)
         reports = rules_of.judge(subject.rules, seen)
-        steps = rules_of.steps(subject.rules, reports, *_standing(ports, subject), subject.went_back)
+        standing, unacted, owed = _standing(ports, subject)
+        steps = rules_of.steps(subject.rules, reports, standing, owed, subject.went_back, unacted)
         entry = _write(ports, subject, seen, reports, steps)
         pages = [] if window is None else _pages(more, subject, seen, window, bool(steps.standing), Path(folder), run)
         errors = _carry_out(ports, more, subject, entry, entry, pages, run)

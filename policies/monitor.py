@@ -19,7 +19,7 @@ lower limit of the distance beyond it, at the same chance: a world that stays ex
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -354,12 +354,20 @@ class Steps:
     rollback: bool
 
 
-def steps(rules: Monitor, reports: Sequence[GateReport], standing: Iterable[str], owed: bool, went_back: bool) -> Steps:
+def steps(
+    rules: Monitor,
+    reports: Sequence[GateReport],
+    standing: Iterable[str],
+    owed: bool,
+    went_back: bool,
+    unacted: Collection[str] = (),
+) -> Steps:
     """What follows from the reports, where these alarms stood after the look before at the same version.
 
     An alarm ends when all its gates pass or none is asked any more, not when nobody could look. Only its beginning
-    acts; a way back that could not be done then (`owed`) is asked for as long as the alarm stands. A version that came
-    back by a rollback (`went_back`) is not taken back itself: two versions that both drift would take turns for ever.
+    acts, if need be later: of those that stand, `unacted` are those whose beginning has not been acted on. A way back
+    that could not be done then (`owed`) is asked for as long as the alarm stands. A version that came back by a
+    rollback (`went_back`) is not taken back itself: two versions that both drift would take turns for ever.
     """
     words: dict[str, list[Verdict]] = {}
     for report in reports:
@@ -368,12 +376,12 @@ def steps(rules: Monitor, reports: Sequence[GateReport], standing: Iterable[str]
     before = set(standing)
     failed = {kind for kind, said in words.items() if Verdict.FAIL in said}
     lasting = {kind for kind in before if any(word is not Verdict.PASS for word in words.get(kind, ()))}
-    began = failed - before
+    began = (failed - before) | (lasting & set(unacted))
     acting = (failed | lasting if owed else began) & set(rules.rollback_on)
     return Steps(
         standing=tuple(sorted(failed | lasting)),
         began=tuple(sorted(began)),
-        ended=tuple(sorted(before - failed - lasting)),
+        ended=tuple(sorted(before - failed - lasting - set(unacted))),
         retrain=rules.retrain is not None and bool(began & {"drift", "quality"}),
         rollback=bool(acting) and not went_back,
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from scipy.stats import norm
 from infra.outcomes_arrow import loss
 from policies import monitor
 from policies.evidence import ColumnDrift, Drift, Sums
-from policies.monitor import Estimate, Group, Seen
+from policies.monitor import Estimate, Group, Seen, Steps
 from policies.policy import LiveDrift, LiveQuality, Monitor, Retrain
 from policies.verdict import GateReport, Verdict
 
@@ -263,3 +264,14 @@ def test_the_figures_of_a_look_name_every_column_and_every_alarm() -> None:
         0.0,
         4000,
     )
+
+
+def test_a_beginning_that_could_not_be_acted_on_is_one_still_when_nobody_can_look() -> None:
+    stood: dict[str, Any] = {"standing": ("quality",), "unacted": ("quality",), "owed": True, "went_back": False}
+    for word in (Verdict.ERROR, Verdict.HOLD, Verdict.FAIL):
+        blind = monitor.steps(ACTING, [report("quality", word)], **stood)
+        assert blind.began == blind.standing == ("quality",)
+        assert blind.rollback
+        assert blind.retrain
+    over = monitor.steps(ACTING, [report("quality", Verdict.PASS)], **stood)
+    assert over == Steps((), (), (), retrain=False, rollback=False), "nobody was told that it began"
