@@ -65,8 +65,8 @@ def test_a_ledger_that_is_written_to_while_it_is_verified_is_sound(
     before, lines = world.ledger.head(), world.ledger.lines
 
     def later() -> Iterator[bytes]:
-        world.ledger.append("of another", 1, 0.0, "somebody", "noted", {})
-        return lines()
+        world.ledger.append("of another", 1, 0.0, "somebody", "noted", {})  # the first line is not read before
+        yield from lines()
 
     monkeypatch.setattr(world.ledger, "lines", later)
     seen = verified(world.ledger, None, None, before)
