@@ -19,11 +19,7 @@ from flows.rollout import Superseded
 from policies.events import Phase
 from policies.traffic import Route
 from tasks.ports import Deployment, PortError
-from tests.stories.world import MODEL, POLICY, World, directly
-
-
-class Died(BaseException):
-    """The controller's process."""
+from tests.stories.world import MODEL, POLICY, Died, World, directly
 
 
 def one_by_one(jobs: Jobs) -> None:
@@ -48,16 +44,7 @@ def a_pass(
 def dies_after(world: World, seconds: float, flow_run: str | None = None) -> None:
     """The rollout `r1` is claimed and driven, until its controller dies."""
     world.ledger.claim(MODEL, "local", "r1")
-    controller = world.controller(world.request(flow_run=flow_run))
-
-    def die() -> None:
-        if world.clock.monotonic >= seconds:
-            world.clock.alarms.remove(die)
-            raise Died
-
-    world.clock.alarms.append(die)
-    with pytest.raises(Died):
-        controller.drive()
+    world.drive_until_death(seconds, world.request(flow_run=flow_run))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
@@ -26,11 +25,7 @@ from policies.policy_yaml import parse
 from policies.rollout import Rollout, terms
 from policies.verdict import GateReport, Verdict
 from tasks.ports import BadInput, Deployment, NotThere, PortError
-from tests.stories.world import MODEL, World, directly
-
-
-class Died(BaseException):
-    """The controller's process."""
+from tests.stories.world import MODEL, Died, World, directly
 
 
 def promoted(*versions: str) -> World:
@@ -161,7 +156,7 @@ def test_a_delivery_under_way_is_taken_back_and_that_is_what_was_asked_for(secon
     world = World()
     name = world.request()
     if seconds:
-        dies_at(world, world.clock.monotonic + seconds, world.controller(name).drive)
+        world.drive_until_death(world.clock.monotonic + seconds, name)
 
     def goes_on() -> None:
         world.clock.alarms.clear()
@@ -241,7 +236,7 @@ def test_a_refusal_is_settled_whatever_the_check_says() -> None:
 def test_an_order_that_holds_such_a_character_is_refused_unless_it_goes_back() -> None:
     world = World()
     name = world.request()
-    dies_at(world, world.clock.monotonic + 12.0, world.controller(name).drive)
+    world.drive_until_death(world.clock.monotonic + 12.0, name)
     before = world.ledger.head()
     with pytest.raises(BadInput, match="write it in UTF-8"):
         order(world.ports, name, "ann/1", "pause", BAD, "ann")
@@ -257,14 +252,3 @@ def test_a_delivery_that_could_not_be_written_down_is_refused_before_anything_ha
     err = Console(file=StringIO())
     assert run_delivery(Settings(), request, None, err)[0] == 2
     assert "cannot be kept" in err.file.getvalue()  # type: ignore[attr-defined]
-
-
-def dies_at(world: World, moment: float, drive: Callable[[], object]) -> None:
-    def die() -> None:
-        if world.clock.monotonic >= moment:
-            world.clock.alarms.remove(die)
-            raise Died
-
-    world.clock.alarms.append(die)
-    with pytest.raises(Died):
-        drive()

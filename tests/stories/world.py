@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from flows.rollout import Controller, Progress
 from policies.events import Requested, to_body
 from policies.policy import Policy
@@ -35,6 +37,10 @@ rollout:
   grace: 10s
   lease: 10s
 """
+
+
+class Died(BaseException):
+    """The controller's process."""
 
 
 class MemoryRegistry:
@@ -134,6 +140,19 @@ class World:
     def drive(self, name: str = "r1") -> Rollout:
         """When the rollout is requested and driven to its end."""
         return self.controller(self.request(name)).drive()
+
+    def drive_until_death(self, moment: float, name: str = "r1") -> None:
+        """Its controller dies at that moment of the monotonic clock, or right after."""
+        controller = self.controller(name)
+
+        def die() -> None:
+            if self.clock.monotonic >= moment:
+                self.clock.alarms.remove(die)
+                raise Died
+
+        self.clock.alarms.append(die)
+        with pytest.raises(Died):
+            controller.drive()
 
     @property
     def weights(self) -> list[tuple[str | None, str | None, int, int]]:
