@@ -70,7 +70,11 @@ def _in_percent(share: float, info: ValidationInfo) -> float:
     return share
 
 
-Copies = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), AfterValidator(_in_percent)]
+Copies = Annotated[
+    float,
+    Field(gt=0, le=1, allow_inf_nan=False, json_schema_extra={"minimum": 0.01}),
+    AfterValidator(_in_percent),
+]
 Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -349,7 +353,12 @@ class LiveDrift(_Strict):
         "wasserstein", description="The distance of numbers; text is compared by jensenshannon."
     )
     threshold: Positive = Field(0.1, description="Smallest distance that counts as a difference.")
-    rows_min: int = Field(1000, ge=200, description="Sampled rows of a period, and of the reference.")
+    rows_min: int = Field(
+        1000,
+        ge=200,
+        description="Sampled rows of a period, and of the reference.",
+        json_schema_extra={"maximum": MONITOR_ROWS_MAX},
+    )
 
     @model_validator(mode="after")
     def _comparable(self, info: ValidationInfo) -> LiveDrift:

@@ -135,6 +135,13 @@ def test_the_schema_knows_the_keys_of_the_file_not_of_the_code() -> None:
     assert "for" in schema["$defs"]["Canary"]["properties"]
 
 
+def test_the_schema_tells_the_rules_that_are_for_new_policies_only() -> None:
+    kinds = policy.schema()["$defs"]
+    assert kinds["Shadow"]["properties"]["share"]["minimum"] == 0.01
+    assert kinds["Watch"]["properties"]["shadow"]["minimum"] == 0.01
+    assert kinds["LiveDrift"]["properties"]["rows_min"]["maximum"] == 8000
+
+
 @pytest.mark.parametrize("file", sorted(LIBRARY.glob("*.yaml")), ids=lambda file: file.name)
 def test_every_ready_made_policy_is_sound_and_names_files_that_are_there(file: Path) -> None:
     if file.stem.endswith("expectations"):
