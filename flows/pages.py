@@ -12,6 +12,7 @@ import queue
 import re
 import threading
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,6 +46,7 @@ class Pages:
         self._stage: _Stage | None = None
         self._queue: queue.Queue[tuple[str, _Stage] | None] = queue.Queue()  # as long as a rollout has stages
         self._unmade: list[tuple[str, _Stage]] = []
+        self._untold: list[tuple[str, Noted]] = []  # what became of them, oldest first, as long as it is not written
         self._noting = threading.Lock()  # whoever takes one of these out, notes what became of it
         self._thread: threading.Thread | None = None
 
@@ -73,6 +75,11 @@ class Pages:
             left = list(self._unmade)
         for asked in left:
             self._note(asked, Noted(0.0, 0, asked[1].what, error=f"not made in {wait_s:g} s after the rollout's end"))
+        with self._noting:
+            why = self._tell()
+            for name, noted in self._untold:
+                log.warning("the page on %s of %s could not be noted: %s", noted.what, name, why)
+            self._untold.clear()
 
     def _work(self) -> None:
         while (asked := self._queue.get()) is not None:
@@ -100,18 +107,28 @@ class Pages:
 
     def _note(self, asked: tuple[str, _Stage], noted: Noted) -> None:
         """Writes it down, unless the other thread has done so."""
-        name = asked[0]
-
-        def now() -> Noted:
-            return Noted(self._ports.clock.now(), 0, noted.what, audit.clean(noted.link), audit.clean(noted.error))
-
         with self._noting:
             if asked not in self._unmade:
                 return
             self._unmade.remove(asked)
             if noted.error:
-                log.warning("no page on %s of %s: %s", noted.what, name, noted.error)
+                log.warning("no page on %s of %s: %s", noted.what, asked[0], noted.error)
+            self._untold.append((asked[0], noted))
+            self._tell()
+
+    def _tell(self) -> str:
+        """Writes down what is not written yet; why the rest has to wait, if the ledger does not take it now."""
+        while self._untold:
+            name, noted = self._untold[0]
             try:
-                write(self._ports.ledger, name, self._who, now)
-            except (PortError, ValueError) as exc:
+                write(self._ports.ledger, name, self._who, partial(self._now, noted))
+            except PortError as exc:
+                return str(exc)
+            except ValueError as exc:
                 log.warning("the page on %s of %s could not be noted: %s", noted.what, name, exc)
+            del self._untold[0]
+        return ""
+
+    def _now(self, noted: Noted) -> Noted:
+        """As it can be kept, at this moment."""
+        return Noted(self._ports.clock.now(), 0, noted.what, audit.clean(noted.link), audit.clean(noted.error))

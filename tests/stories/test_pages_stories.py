@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from flows.story import story_of
 from infra.report_html import render
 from policies.events import Phase
 from policies.rollout import Rollout
-from tasks.ports import ModelVersion, NotThere, PortError
+from tasks.ports import ModelVersion, NotThere, PortError, Refused
 from tests.stories.world import MemoryRegistry, World
 
 
@@ -49,9 +49,17 @@ class KeepingRegistry(MemoryRegistry):
         return f"http://registry/{version.version}/{files[-1].name}"
 
 
-def told(maker: FakePages, **candidate: float) -> tuple[World, Rollout, Pages]:
-    """A rollout at its end, whose pages may still be made."""
+def told(maker: FakePages, refused: Sequence[Exception] = (), **candidate: float) -> tuple[World, Rollout, Pages]:
+    """A rollout at its end, whose pages may still be made. The ledger answers their first notes with `refused`."""
     world = World().given("2", **candidate)
+    answers = iter(refused)
+
+    def answer(call: str) -> None:
+        if call == "append" and threading.current_thread().name == "pages":
+            for error in answers:
+                raise error
+
+    world.ledger.before = answer
     world.registry = KeepingRegistry()
     world.registry.aliases["champion"] = "1"
     world.ports = replace(world.ports, pages=maker, registry=world.registry)  # type: ignore[arg-type]
@@ -97,6 +105,24 @@ def test_a_page_that_cannot_be_made_is_told_and_changes_nothing(error: Exception
     assert [page.error for page in story.pages] == [str(error)] * 4
     assert "could not be made" in render(story)
     assert f"Evidently on watching: no page: {error}" in lines(explained(world.ledger, "r1"))
+
+
+def test_a_page_that_the_ledger_does_not_take_at_once_is_told_later_in_its_turn() -> None:
+    """The ledger is away, then the controller is quicker each time."""
+    world, state, pages = told(FakePages(), [PortError("away"), *[Refused("the controller was quicker")] * 20])
+    pages.close(10.0)
+    assert state.phase is Phase.PROMOTED
+    story = story_of(world.ledger.read("r1"))
+    assert [page.what for page in story.pages] == ["shadow 100 %", "canary 20 %", "canary 50 %", "watching"]
+
+
+def test_a_page_that_the_ledger_never_takes_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    free = threading.Event()
+    world, _, pages = told(FakePages(lambda: assert_set(free)), errors=0.5)
+    world.ledger.down = True
+    free.set()
+    pages.close(10.0)
+    assert "the page on shadow 100 % of r1 could not be noted: the ledger does not answer" in caplog.messages
 
 
 def test_a_page_that_is_not_made_in_time_is_told() -> None:
