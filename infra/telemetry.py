@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from infra.drift_evidently import EvidentlyDrift
 from infra.outcomes_arrow import LabelledAnswers
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SETTLE_S = 3.0  # segments are written every second, and a copy may be answered after the original
 _READ_S = 1.0  # of a look
 _SEGMENTS_MAX = 2_000  # that are opened for the rows beside those of a version that answers less
+T = TypeVar("T")
 _OWN = ("prediction", "status", "row")
 _KEY = ["request_id", "row"]
 
@@ -46,7 +47,7 @@ class LiveTelemetry:
         self._labelled = LabelledAnswers(agent_home)
         self._drift = drift
         self._pairs: dict[tuple[str, str, str, float, float], _Counted] = {}
-        self._reading: dict[str, Future[list[pa.Table]]] = {}
+        self._reading: dict[str, Future[Any]] = {}
 
     def warm(self) -> None:
         self._drift.warm()
@@ -63,27 +64,28 @@ class LiveTelemetry:
         of = f"{model} {stable} {candidate} {since}"  # a comparison takes longer than a look: a later one fetches it
         tables = [pa.table({})] * 2
         if not self._drift.under_way(of, names, method):
-            tables = self._read_aside(of, lambda: self._windows(model, (stable, candidate), since))
+            tables = self._aside(of, lambda: self._windows(model, (stable, candidate), since))
         return self._drift.compare(tables[0], tables[1], names, method, of)
 
-    def _read_aside(self, of: str, read: Callable[[], list[pa.Table]]) -> list[pa.Table]:
+    def _aside(self, of: str, read: Callable[[], T]) -> T:
         """What `read` gives, or raises. While it takes longer than a look may, NotThere: a later look fetches it.
 
         Hours of little traffic are tens of thousands of segments, and whoever looks renews the lease, too.
         """
         if of not in self._reading:
-            made: Future[list[pa.Table]] = Future()
+            made: Future[T] = Future()
             self._reading[of] = made
             Thread(target=_fulfil, args=(made, read), name="sampled-rows", daemon=True).start()
+        reading: Future[T] = self._reading[of]
         try:
-            tables = self._reading[of].result(_READ_S)
+            found = reading.result(_READ_S)
         except TimeoutError as exc:
             raise NotThere("the sampled rows are being read") from exc
         except BaseException:
             del self._reading[of]
             raise
         del self._reading[of]
-        return tables
+        return found
 
     def _windows(self, model: str, versions: Sequence[str], since: float) -> list[pa.Table]:
         """The newest rows of both versions, of the same times: the world may move, and their shares of the traffic
@@ -106,6 +108,10 @@ class LiveTelemetry:
         return table
 
     def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:
+        key = (model, stable, candidate, tolerance, since)
+        return self._aside(f"pairs {key}", lambda: self._paired(*key))
+
+    def _paired(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:
         counted = self._pairs.setdefault((model, stable, candidate, tolerance, since), _Counted(since))
         until = time.time() - _SETTLE_S
         if until > counted.until:
@@ -119,10 +125,11 @@ class LiveTelemetry:
         return Pairs(counted.compared, counted.differing)
 
     def outcomes(self, model: str, stable: str, candidate: str, metric: str, since: float, wait: float) -> Outcomes:
-        return self._labelled.outcomes(model, stable, candidate, metric, since, wait)
+        key = (model, stable, candidate, metric, since, wait)
+        return self._aside(f"outcomes {key}", lambda: self._labelled.outcomes(*key))
 
 
-def _fulfil(made: Future[list[pa.Table]], read: Callable[[], list[pa.Table]]) -> None:
+def _fulfil(made: Future[T], read: Callable[[], T]) -> None:
     try:
         made.set_result(read())
     except BaseException as exc:  # noqa: BLE001 - it is raised where the result is asked for

@@ -315,12 +315,12 @@ class Telemetry(Protocol):
         """Sampled rows of both versions since the time, compared. Raises PortError; NotThere: not yet."""
 
     def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:
-        """The requests that both versions answered since the time. Raises PortError."""
+        """The requests that both versions answered since the time. Raises PortError; NotThere: not yet."""
 
     def outcomes(self, model: str, stable: str, candidate: str, metric: str, since: float, wait: float) -> Outcomes:
         """The losses of both versions' answers since the time whose labels have come, at most `wait` seconds later.
 
-        A request is counted once, with the label that it had then. Raises PortError.
+        A request is counted once, with the label that it had then. Raises PortError; NotThere: not yet.
         """
 
 

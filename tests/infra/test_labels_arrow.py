@@ -212,7 +212,9 @@ class TestLocalOutcomes(OutcomesContract):
     """The local target's telemetry keeps the contract."""
 
     @pytest.fixture
-    def served(self, tmp_path: Path) -> Served:
+    def served(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+        monkeypatch.setattr("infra.telemetry._READ_S", 60.0)  # a busy machine may take long to read
+
         def serve(stable: float, candidate: float, labelled: float) -> LiveTelemetry:
             for version, wrong in (("1", stable), ("2", candidate)):
                 rows = [(f"r{i}", 0, 0.2 if i < 1000 * wrong else 0.8, 1001.0) for i in range(1000)]

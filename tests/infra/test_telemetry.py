@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from infra.telemetry import LiveTelemetry
 from policies import shifts
 from policies.evidence import Drift, Pairs
 from tasks.ports import BadInput, NotThere
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may take long to read; each test waits for it."""
+    monkeypatch.setattr("infra.telemetry._READ_S", 60.0)
 
 
 def sampled(home: Path, version: str, rows: int = 10, prediction: float = 0.1) -> None:
@@ -114,17 +121,26 @@ def test_what_the_servers_have_deleted_of_one_version_is_not_compared_with_the_o
     assert [times.min() for times in windows.times] == [60.0, 60.0]
 
 
+@pytest.mark.parametrize(
+    ("ask", "found"),
+    [
+        (lambda live: live.drift("m", "1", "2", ["prediction"], "wasserstein", 0.0).rows_stable, 10),
+        (lambda live: live.pairs("m", "1", "2", 0.1, -1.0), Pairs(10, 10)),
+        (lambda live: live.outcomes("m", "1", "2", "brier", -1.0, 1e12).waiting, 10),
+    ],
+    ids=["drift", "pairs", "outcomes"],
+)
 def test_reading_the_rows_keeps_no_look_waiting_and_is_done_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[LiveTelemetry], Any], found: Any
 ) -> None:
     """Whoever looks renews the lease, too."""
     sampled(tmp_path, "1")
-    sampled(tmp_path, "2")
+    sampled(tmp_path, "2", prediction=0.3)
     monkeypatch.setattr("infra.telemetry._READ_S", 0.0)
-    may_read, reads, read = threading.Event(), [], SampledRows.read
+    may_read, asked, read = threading.Event(), [], SampledRows.read
 
     def slow(rows: SampledRows, model: str, version: str, *more: Any) -> pa.Table:
-        reads.append(version)
+        asked.append(version)
         may_read.wait(60)
         return read(rows, model, version, *more)
 
@@ -132,11 +148,11 @@ def test_reading_the_rows_keeps_no_look_waiting_and_is_done_once(
     telemetry = LiveTelemetry(tmp_path, Windows())
     for _ in range(3):
         with pytest.raises(NotThere, match="being read"):
-            telemetry.drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
+            ask(telemetry)
     monkeypatch.setattr("infra.telemetry._READ_S", 60.0)
     may_read.set()
-    assert telemetry.drift("m", "1", "2", ["prediction"], "wasserstein", 0.0).rows_stable == 10
-    assert reads == ["1", "2"]
+    assert ask(telemetry) == found
+    assert asked == ["1", "2"]
 
 
 def test_while_a_comparison_is_under_way_no_rows_are_read(tmp_path: Path) -> None:
