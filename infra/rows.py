@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.ports import BadInput, Signature, Tensor
+from tasks.ports import BadInput, PortError, Signature, Tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,8 @@ NUMPY_OF: Mapping[str, str] = {
 def read(path: Path, limit: int | None = None, text: Collection[str] = ()) -> Any:
     """The file as a pyarrow Table, at most `limit` rows. CSV columns named in `text` stay text, even if all digits.
 
-    Raises BadInput for a file that is not there, has another suffix, is broken, or has no row.
+    Raises BadInput for a file that is not there, has another suffix, is broken, or has no row; PortError where the
+    system could not read it now.
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
@@ -52,7 +53,9 @@ def read(path: Path, limit: int | None = None, text: Collection[str] = ()) -> An
     try:
         table = _parquet(path, limit) if path.suffix.lower() == ".parquet" else _csv(path, text)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
-        raise BadInput(f"{path}: not readable as {path.suffix[1:].upper()}: {first_line(exc)}") from exc
+        trouble = isinstance(exc, OSError) and exc.errno is not None and not isinstance(exc, PermissionError)
+        kind = PortError if trouble else BadInput  # the machine's trouble passes, what is wrong with the file does not
+        raise kind(f"{path}: not readable as {path.suffix[1:].upper()}: {first_line(exc)}") from exc
     if table.num_rows == 0:
         raise BadInput(f"{path}: has no rows")
     return table if limit is None else table.slice(0, limit)

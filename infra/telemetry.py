@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,14 @@ from infra.samples_arrow import SampledRows
 from infra.telemetry_envoy import EnvoyCounts
 from policies import shifts
 from policies.evidence import Counts, Drift, Outcomes, Pairs
-from tasks.ports import NotThere
+from tasks.ports import NotThere, PortError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _SETTLE_S = 3.0  # segments are written every second, and a copy may be answered after the original
 _READ_S = 1.0  # of a look
+_OVER_S = 600.0  # a rollout that has not asked for so long has ended
 _SEGMENTS_MAX = 2_000  # that are opened for the rows beside those of a version that answers less
 T = TypeVar("T")
 _OWN = ("prediction", "status", "row")
@@ -47,7 +49,7 @@ class LiveTelemetry:
         self._labelled = LabelledAnswers(agent_home)
         self._drift = drift
         self._pairs: dict[tuple[str, str, str, float, float], _Counted] = {}
-        self._reading: dict[str, Future[Any]] = {}
+        self._reading: dict[str, tuple[Future[Any], float]] = {}  # with when it was last asked for
 
     def warm(self) -> None:
         self._drift.warm()
@@ -72,20 +74,17 @@ class LiveTelemetry:
 
         Hours of little traffic are tens of thousands of segments, and whoever looks renews the lease, too.
         """
-        if of not in self._reading:
-            made: Future[T] = Future()
-            self._reading[of] = made
-            Thread(target=_fulfil, args=(made, read), name="sampled-rows", daemon=True).start()
-        reading: Future[T] = self._reading[of]
-        try:
-            found = reading.result(_READ_S)
-        except TimeoutError as exc:
-            raise NotThere("the sampled rows are being read") from exc
-        except BaseException:
-            del self._reading[of]
-            raise
-        del self._reading[of]
-        return found
+        now = time.monotonic()
+        for each, (made, asked) in list(self._reading.items()):
+            if made.done() and asked < now - _OVER_S:
+                self._reading.pop(each, None)
+        reading: Future[T] = self._reading[of][0] if of in self._reading else _begun(read)
+        self._reading[of] = reading, now
+        futures.wait([reading], _READ_S)
+        if not reading.done():
+            raise NotThere("the sampled rows are being read")
+        self._reading.pop(of, None)
+        return reading.result()
 
     def _windows(self, model: str, versions: Sequence[str], since: float) -> list[pa.Table]:
         """The newest rows of both versions, of the same times: the world may move, and their shares of the traffic
@@ -129,11 +128,21 @@ class LiveTelemetry:
         return self._aside(f"outcomes {key}", lambda: self._labelled.outcomes(*key))
 
 
-def _fulfil(made: Future[T], read: Callable[[], T]) -> None:
+def _begun(read: Callable[[], T]) -> Future[T]:
+    """What a thread of its own reads. Raises PortError if there can be none."""
+    made: Future[T] = Future()
+
+    def fulfil() -> None:
+        try:
+            made.set_result(read())
+        except BaseException as exc:  # noqa: BLE001 - it is raised where the result is asked for
+            made.set_exception(exc)
+
     try:
-        made.set_result(read())
-    except BaseException as exc:  # noqa: BLE001 - it is raised where the result is asked for
-        made.set_exception(exc)
+        Thread(target=fulfil, name="sampled-rows", daemon=True).start()
+    except RuntimeError as exc:  # as many threads as the system allows
+        raise PortError(f"the sampled rows cannot be read: {exc}") from exc
+    return made
 
 
 def _first(table: pa.Table) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra import rows
-from tasks.ports import BadInput, Signature, Tensor
+from tasks.ports import BadInput, PortError, Signature, Tensor
 
 
 def signature(*inputs: Tensor) -> Signature:
@@ -105,6 +106,30 @@ def test_a_column_that_is_there_twice_is_told_where_it_is_asked_for(tmp_path: Pa
     for dtype in ("FP32", "INT64", "BYTES"):
         with pytest.raises(BadInput, match=r"twice\.csv: has more than one column 'a'"):
             rows.feeds(table, signature(Tensor("a", dtype, (-1, 1))), file)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.EIO, "Input/output error"), PortError),
+        (OSError(errno.EMFILE, "Too many open files"), PortError),
+        (PermissionError(errno.EACCES, "Permission denied"), BadInput),
+        (OSError("Unexpected end of stream"), BadInput),
+    ],
+)
+def test_what_passes_by_itself_is_not_the_files_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[PortError]
+) -> None:
+    """Bad input refuses a version for good; what the system could not read now is tried again."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(rows, "_parquet", fail)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(PortError, match=r"a\.parquet: not readable as PARQUET") as raised:
+        rows.read(tmp_path / "a.parquet")
+    assert raised.type is kind
 
 
 def test_a_parquet_file_whose_pages_are_broken_is_told(tmp_path: Path) -> None:

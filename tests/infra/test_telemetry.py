@@ -17,7 +17,7 @@ from infra.samples_arrow import SampledRows
 from infra.telemetry import LiveTelemetry
 from policies import shifts
 from policies.evidence import Drift, Pairs
-from tasks.ports import BadInput, NotThere
+from tasks.ports import BadInput, NotThere, PortError
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +153,44 @@ def test_reading_the_rows_keeps_no_look_waiting_and_is_done_once(
     may_read.set()
     assert ask(telemetry) == found
     assert asked == ["1", "2"]
+
+
+def test_rows_that_nobody_fetches_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rollout ended while they were read, and its process drives others for days."""
+    sampled(tmp_path, "1")
+    sampled(tmp_path, "2")
+    telemetry = LiveTelemetry(tmp_path, Windows())
+    monkeypatch.setattr("infra.telemetry._READ_S", 0.0)
+    monkeypatch.setattr("infra.telemetry._OVER_S", 0.0)
+    with pytest.raises(NotThere, match="being read"):
+        telemetry.pairs("m", "1", "2", 0.1, -1.0)
+    ((left, _),) = telemetry._reading.values()
+    left.result(60.0)
+    with pytest.raises(NotThere, match="being read"):
+        telemetry.pairs("m", "1", "2", 0.1, 7.5)
+    assert left not in [reading for reading, _ in telemetry._reading.values()]
+
+
+@pytest.mark.parametrize("error", [TimeoutError("no answer"), PortError("no answer")])
+def test_rows_that_cannot_be_read_are_said_and_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    sampled(tmp_path, "1")
+    sampled(tmp_path, "2")
+    telemetry = LiveTelemetry(tmp_path, Windows())
+    with monkeypatch.context() as broken:
+        broken.setattr(SampledRows, "read", lambda *_: throw(error))
+        with pytest.raises(type(error), match="no answer"):
+            telemetry.pairs("m", "1", "2", 0.1, -1.0)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", lambda _: throw(RuntimeError("can't start new thread")))
+        with pytest.raises(PortError, match="cannot be read: can't start new thread"):
+            telemetry.pairs("m", "1", "2", 0.1, -1.0)
+    assert telemetry.pairs("m", "1", "2", 0.1, -1.0) == Pairs(10, 0)
+
+
+def throw(error: Exception) -> None:
+    raise error
 
 
 def test_while_a_comparison_is_under_way_no_rows_are_read(tmp_path: Path) -> None:
