@@ -12,6 +12,7 @@ from typing import Any
 from flows.orders import write
 from flows.page import moment, text
 from flows.story import evidence_of, fold, reports_in, weights
+from policies import audit
 from policies.approval import Question, shown_hash, standing
 from policies.events import Answered
 from policies.evidence import Counts
@@ -150,7 +151,8 @@ def answer(
 
     def event() -> Answered:
         seen = (question["digest"], question["evidence_hash"])
-        return Answered(clock.now(), 0, by, answered, *seen, reason=reason, ticket=ticket)
+        said = audit.clean(reason), audit.clean(ticket)  # to refuse is a way back: not refused for a character
+        return Answered(clock.now(), 0, by, answered, *seen, *said)
 
     extra = {"form": form} if form else {}
     return write(ledger, question["rollout"], f"{by}{f' ({via})' if via else ''}", event, extra)

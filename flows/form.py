@@ -19,7 +19,6 @@ from flows.approval import answer, page, stands
 from flows.deployments import POOL
 from flows.settings import Settings
 from flows.wiring import SystemClock, ledger, prefect_client
-from policies import audit
 from policies.rollout import Illegal, Rollout
 from tasks.ports import Clock, Ledger, PortError
 
@@ -85,8 +84,7 @@ def take(book: Ledger, clock: Clock, asked: dict[str, Any], said: Answer, key: s
     if any(entry.body.get("form") == key for entry in book.read(asked["rollout"])):
         return ""
     try:
-        reason, ticket = audit.clean(said.reason), audit.clean(said.ticket)
-        answer(book, clock, asked, said.by, said.answer, reason, ticket, via="Prefect form", form=key)
+        answer(book, clock, asked, said.by, said.answer, said.reason, said.ticket, via="Prefect form", form=key)
     except Illegal as exc:
         return str(exc)
     return ""

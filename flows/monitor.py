@@ -9,7 +9,7 @@ could not be done is done by the next look.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -185,9 +185,14 @@ def _last(ports: Ports, model: str) -> tuple[Entry, Entry] | None:
 
 
 def _newest(ports: Ports, subject: Subject) -> tuple[Entry, Entry] | None:
-    """As `_last`, if that look was at this version."""
+    """As `_last`, if that look was at what serves now."""
     found = _last(ports, subject.model)
-    return found if found is not None and found[0].body["seen"]["version"] == subject.version else None
+    return found if found is not None and _is_of(subject, found[0]) else None
+
+
+def _is_of(subject: Subject, look: Entry) -> bool:
+    """Whether it was a look at what serves now. A version may have left and come back, by a person's word."""
+    return bool(look.body["seen"]["version"] == subject.version and look.at >= subject.since)
 
 
 def _standing(ports: Ports, subject: Subject) -> tuple[set[str], set[str], bool]:
@@ -386,7 +391,7 @@ def _carry_out(
     jobs: dict[str, Callable[[], object]] = {
         name: partial(run, tasks.tell, more.herald, notice(name), name=name) for name in events
     }
-    fresh = version == subject.version and ports.clock.now() - entry.at <= _LATE * subject.rules.every
+    fresh = _is_of(subject, entry) and ports.clock.now() - entry.at <= _LATE * subject.rules.every
     if fresh and body["steps"]["rollback"]:
         reason = f"monitor: {body['says']}"
         jobs = {"rollback": partial(_take_back, ports, model, version, reason, run), **jobs}
@@ -398,10 +403,19 @@ def _carry_out(
     errors, later = _try_all(jobs)
     owed = later.keys() == {"rollback"}
     if jobs and (not later or (owed and last is entry)):
-        with suppress(Refused):  # another look has done it, too
-            told = audit.clean({"errors": errors | later, "owed": owed})
-            ports.ledger.append(entry.rollout, last.sequence + 1, ports.clock.now(), whoami(), TOLD, told)
+        _write_told(ports, entry, last, {"errors": errors | later, "owed": owed})
     return errors | later
+
+
+def _write_told(ports: Ports, look: Entry, last: Entry, body: dict[str, Any]) -> None:
+    """What became of what followed from the look. Another pass may have said so first, and a way back that it found
+    under way it calls owed: where this one has seen how that ended, that is the last word."""
+    try:
+        ports.ledger.append(look.rollout, last.sequence + 1, ports.clock.now(), whoami(), TOLD, audit.clean(body))
+    except Refused:
+        (found,) = ports.ledger.last(look.rollout, 1)
+        if found.kind == TOLD and found.sequence == look.sequence + 1 and found.body.get("owed") and not body["owed"]:
+            _write_told(ports, look, found, body)
 
 
 def _try_all(jobs: Mapping[str, Callable[[], object]]) -> tuple[dict[str, str], dict[str, str]]:

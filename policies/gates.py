@@ -24,6 +24,7 @@ from policies.stats import Margin
 from policies.verdict import GateReport, Verdict
 
 REQUESTS_MIN = 20  # of either version in the stage, before anything passes
+NONE_ASKED = "gates"  # reports in the place of gates where a stage asks none
 _SHARE_ALPHA = 0.001  # of saying that the traffic is not split as meant, where it is
 
 
@@ -175,7 +176,7 @@ def look(policy: Policy, stage: int, state: State, evidence: Evidence) -> tuple[
     if not asked(policy, stage):
         others = (
             *others,
-            GateReport("gates", Verdict.HOLD, "none is asked in this stage: only a person's word passes it"),
+            GateReport(NONE_ASKED, Verdict.HOLD, "none is asked in this stage: only a person's word passes it"),
         )
     return state, (*counted, *others)
 

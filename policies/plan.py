@@ -113,7 +113,7 @@ def plan(
             )
         )
         problems += [_problem(policy, flow, gate) for gate in asked if gate.needs_s > flow.length_s]
-        if not asked:
+        if not asked and flow.length_s > 0:
             problems.append(
                 f"{flow.name}: no gate is asked, so only a person's word passes it; ask `errors` or `latency`"
             )

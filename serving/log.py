@@ -21,4 +21,4 @@ def complain(line: str) -> None:
 
 def _write(descriptor: int, line: str) -> None:
     with contextlib.suppress(OSError):
-        os.write(descriptor, (line.rstrip() + "\n").encode())
+        os.write(descriptor, (line.rstrip() + "\n").encode(errors="backslashreplace"))

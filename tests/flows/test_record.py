@@ -10,8 +10,9 @@ import pytest
 from flows.record import exported, replay, verified
 from policies import audit
 from policies.audit import Head
+from policies.verdict import Verdict, worst
 from tasks.ports import BadInput
-from tests.stories.world import World
+from tests.stories.world import POLICY, World
 
 KEY = bytes(range(32))
 
@@ -28,6 +29,20 @@ def test_every_decision_comes_out_the_same_from_the_record_alone(world: World) -
     looks, differences = replay(world.ledger.read("r1"))
     assert looks > 3
     assert differences == []
+
+
+def test_a_record_from_before_stages_without_a_gate_were_reported_recomputes_to_what_was_decided() -> None:
+    made = World(POLICY.replace("errors: {margin: 0.02}", "errors: null\n    disagreement: {margin: 0.05}"))
+    made.drive()
+    entries = made.ledger.read("r1")
+    looks = [i for i, entry in enumerate(entries) if entry.kind == "looked"]
+    assert any(report["gate"] == "gates" for i in looks for report in entries[i].body["reports"])
+    for i in looks:
+        before = [report for report in entries[i].body["reports"] if report["gate"] != "gates"]
+        verdict = str(worst(Verdict(report["verdict"]) for report in before))
+        entries[i] = replace(entries[i], body={**entries[i].body, "reports": before, "verdict": verdict})
+    assert any(entries[i].body["verdict"] == "pass" for i in looks)
+    assert replay(entries) == (len(looks), [])
 
 
 def test_a_verdict_that_the_evidence_does_not_bear_is_found(world: World) -> None:

@@ -131,3 +131,5 @@ def test_a_stage_in_which_no_gate_is_asked_is_a_problem() -> None:
     made = plan(parse(text), rps=100.0)
     assert [problem.split(":")[0] for problem in made.problems] == ["shadow 100 %", "canary 20 %", "watch"]
     assert all("no gate is asked" in problem for problem in made.problems)
+    unwatched = plan(parse(text.replace("{for: 60s, shadow: 1.0}", "{for: 0s}")), rps=100.0)
+    assert [problem.split(":")[0] for problem in unwatched.problems] == ["shadow 100 %", "canary 20 %"]

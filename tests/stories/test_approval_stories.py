@@ -40,10 +40,12 @@ def drive(world: World, *acts: tuple[float, Callable[[], Any]]) -> Rollout:
     return state
 
 
-def say(world: World, who: str, what: str = "approve", **other: str) -> Callable[[], Rollout]:
+def say(
+    world: World, who: str, what: str = "approve", why: str = "seen by the desk", **other: str
+) -> Callable[[], Rollout]:
     def said() -> Rollout:
         question = {**asked(world.ledger, MODEL, world.clock.now()), **other}
-        return answer(world.ledger, world.clock, question, who, what, "seen by the desk", "CHG-42", via="test")
+        return answer(world.ledger, world.clock, question, who, what, why, "CHG-42", via="test")
 
     return said
 
@@ -114,6 +116,12 @@ def test_a_refusal_takes_it_back_and_says_who_and_why() -> None:
     assert state.phase is Phase.ROLLED_BACK
     assert state.reason == "refused by ann: seen by the desk"
     assert world.ledger.quarantined("digest-2") is None
+
+
+def test_a_refusal_counts_whatever_characters_it_is_written_in() -> None:
+    world = World(BEFORE_PROMOTION)
+    state = drive(world, (5, say(world, "ann", "refuse", "not in the caf\udce9")))
+    assert (state.phase, state.reason) == (Phase.ROLLED_BACK, "refused by ann: not in the caf\ufffd")
 
 
 def test_nobody_answers_and_it_goes_back_when_the_time_is_over() -> None:

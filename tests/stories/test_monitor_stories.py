@@ -12,11 +12,12 @@ import pytest
 from flows.monitor import Asked, book, monitor_with
 from flows.orders import abort
 from flows.record import replay
+from flows.rollback import take_back
 from tasks.monitor import show
 from tasks.ports import Bundle, ContractBreach, ContractResult, Deployment, ModelVersion, NotThere, Refused
 from tasks.ports_monitor import MonitorPorts
 from tests.fakes.monitor import FakeComparer, FakeHerald, FakeWindows
-from tests.stories.world import MODEL, POLICY, World
+from tests.stories.world import MODEL, POLICY, World, directly
 
 HOUR = 3600.0
 ACTING = "monitor: {data: live.yaml, quality: {margin: 0.05}, retrain: {deployment: train/it}, rollback_on: [data]}\n"
@@ -216,18 +217,36 @@ def test_a_way_back_that_waits_is_not_gone_once_the_alarm_is_over() -> None:
     assert world.serving == "3"
 
 
-def test_a_way_back_that_somebody_stopped_is_not_tried_again() -> None:
+def test_what_a_person_went_back_to_is_not_taken_back_for_what_was_seen_before() -> None:
+    world = with_wrong_data()
+    world.stable = "3"
+    world.request("r3", "4")
+    assert "rollback" in world.look(wait_s=0.0)[0]["errors"]
+    assert str(world.controller("r3").drive().phase) == "promoted"
+    take_back(world.ports, MODEL, "v4 is worse", "ann", lambda _: None, directly)
+    assert world.serving == "3"
+    world.clock.sleep(60.0)
+    world.look()
+    world.look()
+    assert world.serving == "3"
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_way_back_that_somebody_stopped_is_not_tried_again(passes: int) -> None:
     world = with_wrong_data()
     deploy = world.target.deploy
 
     def is_stopped(wanted: Deployment, trial: bool = False) -> object:
         world.target.deploy = deploy  # type: ignore[method-assign]
+        if passes == 2:  # another one, which finds the way back under way
+            world.look(wait_s=0.0)
         abort(world.ports, world.ledger.rollouts(MODEL)[0], "ann", "v3 is better than nothing")
         return deploy(wanted, trial)
 
     world.target.deploy = is_stopped  # type: ignore[method-assign, assignment]
     (look,) = world.look()
     assert "v3 is better than nothing" in look["errors"]["rollback"]
+    world.look(wait_s=60.0)
     world.look()
     assert world.serving == "3"
 

@@ -300,7 +300,7 @@ def test_a_registry_that_is_down_leaves_its_part_to_the_next_pass_and_stops_noth
     assert world.ledger.unsettled() == []
 
 
-def test_a_rollout_whose_policy_cannot_be_read_is_left_and_keeps_no_other_waiting() -> None:
+def test_a_rollout_whose_policy_cannot_be_read_is_left_and_the_pass_goes_on() -> None:
     world = World()
     dies_after(world, 15.0)
     first = world.ledger._books["r1"][0]
