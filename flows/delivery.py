@@ -45,6 +45,8 @@ def requested(
 ) -> Delivery:
     """The delivery that is asked for, its policy looked up. Raises BadInput, PolicyError."""
     refuse_unfit({"source": source, "files": files.model_dump() if files else None, **told})
+    if told.get("target", "local") != "local":
+        raise BadInput(f"there is no target '{told['target']}'; the one that there is is 'local'")
     if version is not None and source is not None:
         raise BadInput("say what to deliver with `version` or `source`, not with both")
     found = find(shelf, policy) if policy else shelf_in(shelf).policy_for(model)

@@ -26,7 +26,7 @@ from flows.publish import artifact_key
 from flows.rollback import take_back
 from flows.runner import Runner, in_prefect, whoami
 from flows.settings import Settings
-from flows.story import fold, policy_of, reports_in
+from flows.story import fold, is_way_back, policy_of, reports_in
 from flows.wiring import connect, connect_monitor
 from policies import audit
 from policies import monitor as rules_of
@@ -139,7 +139,7 @@ def subject_of(ports: Ports, model: str, other: Found | None) -> Subject:
     promotions = _promotions(ports, model, route.stable)
     newest = next(promotions, None)
     state = fold(newest or ())
-    since, went_back = (state.since, "back_from" in newest[0].body) if newest and state else (0.0, False)
+    since, went_back = (state.since, is_way_back(newest)) if newest and state else (0.0, False)
     if other is not None:
         return Subject(model, route.stable, since, other.policy, other.folder, went_back)
     if newest is None:

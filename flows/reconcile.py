@@ -31,7 +31,7 @@ from flows.rollout import Checks, Controller, Superseded, Watched, unwatched
 from flows.runner import Runner, directly, in_prefect, is_dead, whoami
 from flows.runs import cancelled, look_at_registry
 from flows.settings import Settings
-from flows.story import fold, policy_of, run_of, state_of, target_of
+from flows.story import fold, is_way_back, policy_of, run_of, state_of, target_of
 from flows.wiring import connect, herald, links
 from policies.events import Phase
 from policies.policy import Policy
@@ -311,7 +311,7 @@ def _holds(ports: Ports, name: str, model: str, target: str) -> bool:
 
 def _checks(ports: Ports, run: Runner, entries: Sequence[Entry]) -> Checks:
     """The rollout's checks, from what its request says."""
-    if "back_from" in entries[0].body:
+    if is_way_back(entries):
         return proven_before
     policy = policy_of(entries)
     request = Delivery.model_validate({"policy": policy.name, **entries[0].body["request"]})

@@ -8,7 +8,7 @@ asks for one while another is under way follows that one to its end: to abort it
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from flows.orders import abort, over
 from flows.publish import Publisher
 from flows.rollout import Controller
 from flows.runner import Runner, directly, flow_run_id, in_prefect, is_dead, whoami
-from flows.story import fold, policy_of, story_of
+from flows.story import fold, is_way_back, policy_of, story_of
 from flows.turn import BEGIN_S, still_claimed
 from flows.wiring import connect, links
 from policies import audit
@@ -74,11 +74,13 @@ def take_back(
     """
     by, reason = audit.clean_name(by), audit.clean(reason)  # no way back is refused for a character
     name = f"{model}-back-{uuid.uuid4().hex[:8]}"
-    active = next(iter(ports.ledger.rollouts(model, active=True)), None) or _claim(ports, model, name, observer, run)
-    if active != name:
+    while (active := _active(ports, model, name, observer, run)) != name:
         if only is not None:
             raise PortError(f"v{only} is not taken back yet: rollout {active} is under way")
-        return active, _end(ports, active, by, reason, observer, run)
+        state = _end(ports, active, by, reason, observer, run)
+        if state.phase is not Phase.PROMOTED or is_way_back(ports.ledger.read(active)):
+            return active, state
+        # A delivery that was faster than the order: it is what serves now, and goes like any other.
     try:
         _refuse_another(ports, model, only)
         former, entries = _former(ports, model)  # not before the claim: until then another version may come to serve
@@ -94,16 +96,17 @@ def take_back(
 def is_gone(ledger: Ledger, outcome: Mapping[str, Any]) -> bool:
     """Whether the version that `take_back` was to take back serves no more: a delivery went back or never began, or
     a rollback brought the former version."""
-    wanted = {"promoted"} if _goes_back(ledger.read(outcome["rollout"])) else {"rolled_back", "refused"}
+    wanted = {"promoted"} if is_way_back(ledger.read(outcome["rollout"])) else {"rolled_back", "refused"}
     return outcome["outcome"] in wanted and not outcome["unfinished"]
-
-
-def _goes_back(entries: Sequence[Entry]) -> bool:
-    return "back_from" in entries[0].body
 
 
 def _drive(ports: Ports, name: str, observer: Any, run: Runner) -> Rollout:
     return to_the_end(ports, name, "local", Controller(ports, name, whoami(), run, proven_before, observer).drive)
+
+
+def _active(ports: Ports, model: str, name: str, observer: Any, run: Runner) -> str:
+    """The rollout that is under way, else the one of this name, which has the claim then."""
+    return next(iter(ports.ledger.rollouts(model, active=True)), None) or _claim(ports, model, name, observer, run)
 
 
 def _claim(ports: Ports, model: str, name: str, observer: Any, run: Runner) -> str:
@@ -126,7 +129,7 @@ def _end(ports: Ports, active: str, by: str, reason: str, observer: Any, run: Ru
     """The end of what is under way: a delivery is told to go back, a rollback goes on, whoever had asked for it."""
     entries = ports.ledger.read(active)
     state = fold(entries)
-    if state is None or not _goes_back(entries):
+    if state is None or not is_way_back(entries):
         return _abort(ports, active, by, reason)
     state = _drive(ports, active, observer, run) if is_dead(state.holder) else follow(ports, active)
     return replace(state, reason=f"rollback {active} was under way already: {state.reason}")

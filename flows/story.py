@@ -33,6 +33,11 @@ def target_of(entries: Sequence[Entry]) -> str:
     return str(entries[0].body.get("request", {}).get("target", "local"))
 
 
+def is_way_back(entries: Sequence[Entry]) -> bool:
+    """Whether the rollout brings a former version back, and delivers none."""
+    return "back_from" in entries[0].body
+
+
 def run_of(entries: Sequence[Entry]) -> str | None:
     """The id of the Prefect run that shows the rollout. (`flow_run` is one whose cancellation takes it back, too.)"""
     body = entries[0].body

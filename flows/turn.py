@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from flows.delivery import Delivery
 from flows.orders import abort, over
 from flows.runner import flow_run_id, whoami
-from flows.story import fold
+from flows.story import fold, is_way_back
 from policies.events import Requested, to_body
 from policies.policy import Policy
 from policies.rollout import Rollout, terms
@@ -125,7 +125,8 @@ def _wait_turn(
     rule = policy.rollout.on_conflict
     in_line = rule == "queue"
     while (other := ports.ledger.claim(version.model, request.target, name, in_line)) != name:
-        state = fold(ports.ledger.read(other))
+        entries = ports.ledger.read(other)
+        state = fold(entries)
         if other != waiting.ahead:
             waiting.ahead, waiting.since = other, ports.clock.now()
         waited = ports.clock.now() - waiting.since
@@ -137,7 +138,7 @@ def _wait_turn(
             return f"rollout {other} is under way, and the policy says on_conflict: reject"
         if state is not None and rule == "supersede" and _newer(state, version):
             return f"rollout {other} of the newer v{state.candidate} is under way"
-        if state is not None and rule == "supersede" and other not in waiting.told:
+        if rule == "supersede" and other not in waiting.told and entries and not is_way_back(entries):
             abort(ports, other, whoami(), f"superseded by v{version.version}")
             waiting.told.add(other)
         return None

@@ -13,10 +13,14 @@ from tasks.ports import Router
 
 
 def route_for(state: Rollout, effect: Effect, policy: RolloutPolicy, had_share: bool = False) -> Route:
-    """The route that a ROUTE effect asks for. It carries a lease wherever there is a stable version to go back to, and
-    `continues` where whoever asks has seen the candidate's share in force."""
+    """The route that a ROUTE effect asks for, which `continues` where whoever asks has seen the share in force.
+
+    It carries a lease wherever something is tried out that the stable version would have to stand in for. Not where a
+    rollback brings a former version back: its "stable" one is what is to go.
+    """
     if effect.version is not None or not (effect.weight or effect.shadow):
         return Route(state.model, stable=effect.version, epoch=effect.asked_by, timeout_s=policy.timeout)
+    tried = bool(state.terms.stops) or state.terms.watch_s > 0
     return Route(
         model=state.model,
         stable=state.stable,
@@ -24,7 +28,7 @@ def route_for(state: Rollout, effect: Effect, policy: RolloutPolicy, had_share: 
         weight=effect.weight,
         shadow=effect.shadow,
         epoch=effect.asked_by,
-        lease_s=policy.lease if state.stable else None,
+        lease_s=policy.lease if state.stable and tried else None,
         key=policy.audience.key,
         rules=policy.audience.rules,
         timeout_s=policy.timeout,

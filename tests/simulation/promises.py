@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from flows.story import evidence_of, fold, policy_of
+from flows.story import evidence_of, fold, is_way_back, policy_of
 from policies import audit, gates
 from policies.events import LOOKED_AT, Phase, from_body
 from policies.evidence import Counts
@@ -82,6 +82,8 @@ def _of_rollout(run: Run, book: list[Entry]) -> Iterator[str]:
     if state.phase is Phase.PROMOTED and state.terms.watch_s and len(policy.rollout.stages) not in passed:
         yield "1: promoted without a passed watch"
     yield from _of_approvals(book)
+    if is_way_back(book) and any(entry.kind == "lost" for entry in book):
+        yield "9: the traffic went to the version that is to go again"
     if run.made.silent and state.phase is Phase.PROMOTED and state.terms.stops and not ordered:
         yield "1: promoted without any traffic"
 
@@ -89,7 +91,7 @@ def _of_rollout(run: Run, book: list[Entry]) -> Iterator[str]:
 def _of_approvals(book: list[Entry]) -> Iterator[str]:
     """Nothing goes past what people must approve before enough of those whom the policy names have."""
     asked = policy_of(book).governance.approvals
-    if asked is None or "back_from" in book[0].body:
+    if asked is None or is_way_back(book):
         return
     approved: set[str] = set()
     state: Rollout | None = None
@@ -141,8 +143,11 @@ def _of_traffic(run: Run) -> Iterator[str]:
         if route.epoch < highest:
             yield f"5: epoch {route.epoch} came into force after {highest}"
         highest = max(highest, route.epoch)
-        if route.candidate is not None and route.stable is not None and not 0 < (route.lease_s or 0.0) <= lease:
-            yield f"4: v{route.candidate} has traffic without a lease of {lease:g} s: {route}"
+        if route.candidate is not None and route.stable is not None:
+            back = is_way_back(run.ledger._books[by_number[route.epoch].rollout])
+            if (route.lease_s is not None) if back else not 0 < (route.lease_s or 0.0) <= lease:
+                meant = "that it must not lose" if back else f"without a lease of {lease:g} s"
+                yield f"4: v{route.candidate} has traffic {meant}: {route}"
         if route.candidate is not None and route.weight > share:
             asked = by_number[route.epoch]
             said = asked.body.get("verdict") or asked.body.get("order") or asked.body.get("answer")

@@ -12,20 +12,21 @@ import yaml
 from rich.console import Console
 
 from flows.deliver import outcome_of
-from flows.delivery import requested
+from flows.delivery import Delivery, requested
 from flows.orders import order
 from flows.rollback import is_gone, proven_before, take_back
 from flows.rollout import Controller
 from flows.run import run_delivery, run_rollback
 from flows.settings import Settings
 from flows.story import fold, story_of
+from flows.turn import _wait_turn, _Waiting
 from policies.events import Phase
 from policies.policy import Policy, PolicyError
 from policies.policy_yaml import parse
 from policies.rollout import Rollout, terms
 from policies.verdict import GateReport, Verdict
-from tasks.ports import BadInput, Deployment, NotThere, PortError
-from tests.stories.world import MODEL, Died, World, directly
+from tasks.ports import BadInput, Deployment, ModelVersion, NotThere, PortError, Signature
+from tests.stories.world import MODEL, POLICY, Died, World, directly
 
 
 def promoted(*versions: str) -> World:
@@ -169,7 +170,50 @@ def test_a_delivery_under_way_is_taken_back_and_that_is_what_was_asked_for(secon
     assert gone(world, name, state)
 
 
-def test_a_rollback_that_was_itself_aborted_or_a_delivery_that_was_faster_is_not_done() -> None:
+def test_a_delivery_that_was_faster_than_the_order_is_taken_back_all_the_same() -> None:
+    world = promoted("1", "2")
+    world.stable = "2"
+    world.target.store.add("digest-3")
+    controller = world.controller(world.request("r9", "3"))
+    read, under_way = world.ledger.rollouts, []
+
+    def it_ends_meanwhile(model: str | None = None, active: bool = False) -> list[str]:
+        found = read(model, active)
+        if active and not under_way:
+            under_way.extend(found)
+            assert controller.drive().phase is Phase.PROMOTED
+        return found
+
+    world.ledger.rollouts = it_ends_meanwhile  # type: ignore[method-assign]
+    name, state = goes_back(world)
+    assert under_way == ["r9"]
+    assert (name.startswith(f"{MODEL}-back-"), state.phase, serving(world)) == (True, Phase.PROMOTED, "2")
+    assert gone(world, name, state)
+
+
+@pytest.mark.parametrize("away_s", [3.0, 30.0])
+def test_a_rollback_whose_process_dies_when_the_traffic_is_set_is_gone_on_with_however_late(away_s: float) -> None:
+    """A lease would give the traffic back to the version that is to go."""
+    world = promoted("1", "2")
+    first = stands_still_after(world, "route")
+    world.clock.sleep(away_s)
+    state = Controller(world.ports, first, "the next", directly, proven_before, world.seen.append).drive()
+    assert (state.phase, serving(world)) == (Phase.PROMOTED, "1")
+
+
+def test_a_delivery_supersedes_no_rollback() -> None:
+    world = promoted("1", "2")
+    first = stands_still_after(world, "deploy")
+    policy = parse(POLICY + "  on_conflict: supersede\n")
+    v3, waiting = ModelVersion(MODEL, "3", "digest-3", Signature((), ()), "run"), _Waiting()
+    request = Delivery(model=MODEL, source="x.onnx", policy="")
+    assert _wait_turn(world.ports, policy, v3, request, "r3", waiting) is None
+    assert (waiting.ahead, waiting.told) == (first, set())
+    state = Controller(world.ports, first, "the first", directly, proven_before, world.seen.append).drive()
+    assert (state.phase, serving(world)) == (Phase.PROMOTED, "1")
+
+
+def test_a_rollback_that_was_itself_aborted_or_a_delivery_that_was_too_late_is_not_done() -> None:
     world = promoted("1", "2")
     first = stands_still_after(world, "deploy")
     world.ledger.append(
@@ -243,6 +287,12 @@ def test_an_order_that_holds_such_a_character_is_refused_unless_it_goes_back() -
     assert world.ledger.head() == before
     order(world.ports, name, "ann/1", "abort", BAD, "ann")
     assert world.controller(name).drive().phase is Phase.ROLLED_BACK
+
+
+def test_a_delivery_to_a_target_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """The claim is on model and target: two targets over one route would be two rollouts of the model at once."""
+    with pytest.raises(BadInput, match="there is no target 'gpu'; the one that there is is 'local'"):
+        requested(tmp_path, MODEL, 1, None, None, None, target="gpu")
 
 
 def test_a_delivery_that_could_not_be_written_down_is_refused_before_anything_has_come_of_it(tmp_path: Path) -> None:
