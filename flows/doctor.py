@@ -11,7 +11,7 @@ from flows.deployments import ALL, POOL, QUEUE
 from flows.policy import shelf_in
 from flows.record import verified
 from flows.settings import Settings, read_settings
-from flows.story import fold, policy_of
+from flows.story import Unreadable, fold, policy_of
 from flows.wiring import Addresses, Finding, has_ledger, health, ledger, routes, where
 from policies.traffic import Route
 from tasks.ports import BadInput, Ledger, PortError
@@ -146,10 +146,14 @@ def traffic(book: Ledger, unsettled: list[str], held: Mapping[str, Route], now: 
     wrong, owned = [], set()
     for name in unsettled:
         entries = book.read(name)
-        state, policy = fold(entries), policy_of(entries)
+        owned.add(entries[0].body["model"])
+        try:
+            state, policy = fold(entries), policy_of(entries)
+        except Unreadable as exc:
+            wrong.append(str(exc))
+            continue
         assert state is not None  # what is unsettled was requested
         route = held.get(state.model)
-        owned.add(state.model)
         if state.in_force:
             if state.stable and (route is None or (route.candidate, route.epoch) != (state.candidate, state.epoch)):
                 wrong.append(f"{name} thinks that v{state.candidate} has traffic by epoch {state.epoch}; it has not")

@@ -52,7 +52,7 @@ def _amiss(ports: Ports, model: str) -> dict[str, tuple[Any, ...]]:
     route = ports.router.current(model)
     if route is None or route.candidate is not None:
         return {}
-    if any(state_of(ports.ledger, name).model == model for name in ports.ledger.unsettled()):
+    if not set(ports.ledger.rollouts(model)).isdisjoint(ports.ledger.unsettled()):
         return {}
     found: dict[str, tuple[Any, ...]] = {}
     for version in ports.target.running(model):

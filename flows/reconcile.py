@@ -31,7 +31,7 @@ from flows.rollout import Checks, Controller, Superseded, Watched, unwatched
 from flows.runner import Runner, directly, in_prefect, is_dead, whoami
 from flows.runs import cancelled, look_at_registry
 from flows.settings import Settings
-from flows.story import fold, is_way_back, policy_of, run_of, state_of, target_of
+from flows.story import Unreadable, fold, is_way_back, policy_of, run_of, state_of, target_of
 from flows.wiring import connect, herald, links
 from policies.events import Phase
 from policies.policy import Policy
@@ -148,8 +148,8 @@ def keep_reconciling(every_s: float = _EVERY_S) -> NoReturn:
         try:
             _pass(connect(), directly, at_once, drivers, say=say)
             at_once = False
-        except PortError as exc:
-            say(f"nothing could be done: {exc}")
+        except Exception as exc:  # noqa: BLE001 - the rollouts that it drives would end with it
+            say(f"nothing could be done: {type(exc).__name__}: {exc}")
         time.sleep(every_s)
 
 
@@ -182,7 +182,13 @@ def reconcile_with(
 ) -> Pass:
     """One pass, on the given ports. What cannot be done now is named in `left`, and stands in nobody's way."""
     done = Pass(say=say)
-    going_back = [name for name in ports.ledger.unsettled() if state_of(ports.ledger, name).phase is Phase.ROLLING_BACK]
+    going_back = []
+    for name in ports.ledger.unsettled():
+        try:
+            if state_of(ports.ledger, name).phase is Phase.ROLLING_BACK:
+                going_back.append(name)
+        except Unreadable as exc:
+            done.leave(name, str(exc))
 
     def go_on(name: str, entries: Sequence[Entry]) -> None:
         me = f"{who}/{uuid.uuid4().hex[:6]}"
@@ -196,10 +202,11 @@ def reconcile_with(
             now = ports.clock.now()
             try:
                 left = at_once or _left_by(crashed, entries) or _abandoned(entries, now)
-            except PortError as exc:  # nobody else's rollout waits for one whose policy cannot be read
+                wanted = name in given_up or (left and not _only_waits(entries, now))
+            except Unreadable as exc:  # its policy
                 done.leave(name, str(exc))
                 continue
-            if name in given_up or (left and not _only_waits(entries, now)):
+            if wanted:
                 jobs[name] = _job(done, name, partial(go_on, name, entries))
         drive(jobs)
 
@@ -234,7 +241,7 @@ def _obey(ports: Ports, who: str, cancelled: Cancelled, done: Pass) -> set[str]:
     The rollouts that are to go back from now on: their processes are being killed, so that nobody else carries it out.
     """
     of_run = {}
-    for name in ports.ledger.unsettled():
+    for name in (each for each in ports.ledger.unsettled() if each not in done.left):
         run = ports.ledger.read(name)[0].body.get("flow_run")
         if run is not None:
             of_run[run] = name

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from flows.form import Forms, Wanted, wanted
-from flows.story import fold, run_of, weights
+from flows.story import Unreadable, fold, run_of, weights
 from policies import audit
 from policies.events import KINDS, from_body
 from policies.rollout import Rollout, step
@@ -78,7 +78,10 @@ class Relay:
             self.herald.note_told(known)
         for entries in under_way:
             before = [entry for entry in entries if entry.number <= known]
-            state = fold(before)
+            try:
+                state = fold(before)
+            except Unreadable:
+                continue  # nothing can be told of it
             if state is not None:
                 self._rollouts[before[0].rollout] = (state, run_of(before))
         return known
@@ -93,7 +96,10 @@ class Relay:
             before, run = self._rollouts[name]
         else:  # it is new, or was settled when this relay began
             entries = self.ledger.read(name)
-            before, run = fold(entries[: entry["sequence"] - 1]), run_of(entries)
+            try:
+                before, run = fold(entries[: entry["sequence"] - 1]), run_of(entries)
+            except Unreadable:
+                return 0
         event = from_body(kind, entry["body"], entry["at"], entry["number"])
         after, _ = step(before, event)
         moves = transitions(before, event, after)

@@ -16,16 +16,20 @@ from policies.verdict import GateReport, Verdict
 from tasks.ports import Entry, Ledger, Look, Page, PortError, Story
 
 
+class Unreadable(PortError):
+    """Another version of lockgate wrote it into the ledger, and this one cannot read it. Nobody else waits for it."""
+
+
 def policy_of(entries: Sequence[Entry]) -> Policy:
     """The policy that the rollout was requested under: it is in the first entry, whatever became of the file.
 
-    Raises PortError for one that another version of lockgate wrote and this one cannot read.
+    Raises Unreadable.
     """
     try:
         return Policy.model_validate(entries[0].body["policy"])
     except ValidationError as exc:
         told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors())
-        raise PortError(f"the policy of rollout {entries[0].rollout} cannot be read: {told}") from exc
+        raise Unreadable(f"the policy of rollout {entries[0].rollout} cannot be read: {told}") from exc
 
 
 def target_of(entries: Sequence[Entry]) -> str:
@@ -52,12 +56,15 @@ _FOLDED_MAX = 512
 def fold(entries: Sequence[Entry]) -> Rollout | None:
     """The state of the rollout that the entries tell of, from its first one on; None without entries.
 
-    Whoever asks again (a reconciler does so every few seconds) pays for the new entries only.
+    Whoever asks again (a reconciler does so every few seconds) pays for the new entries only. Raises Unreadable.
     """
     known, state = len(entries), None
     while known and (state := _folded.get(entries[known - 1].hash)) is None:  # other threads may clear it meanwhile
         known -= 1
-    state = rollout.fold((from_body(e.kind, e.body, e.at, e.number) for e in entries[known:]), state)
+    try:
+        state = rollout.fold((from_body(e.kind, e.body, e.at, e.number) for e in entries[known:]), state)
+    except (ValueError, TypeError, KeyError) as exc:
+        raise Unreadable(f"rollout {entries[0].rollout} cannot be read: {exc}") from exc
     if state is not None:
         if len(_folded) >= _FOLDED_MAX:
             _folded.clear()
@@ -66,7 +73,7 @@ def fold(entries: Sequence[Entry]) -> Rollout | None:
 
 
 def state_of(ledger: Ledger, name: str) -> Rollout:
-    """The state of a rollout that the ledger lists. Raises PortError if the ledger cannot be read."""
+    """The state of a rollout that the ledger lists. Raises Unreadable, PortError."""
     state = fold(ledger.read(name))
     assert state is not None  # only rollouts that were requested are listed
     return state

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 from flows.policy import Found, Shelf, find, shelf_in
-from flows.story import fold
 from policies.policy import PolicyError
 from policies.triggers import POLICY_TAG, Run, attempt, wanted
 from tasks.outcome import settle
@@ -124,8 +123,8 @@ def wishes(registry: Registry, model: Registered, found: Found) -> list[Wish]:
 
 def under_way(ledger: Ledger) -> set[tuple[str, str]]:
     """The models and versions whose rollout has something left to do: also one that was started by hand."""
-    states = [fold(ledger.read(name)) for name in ledger.unsettled()]
-    return {(state.model, state.candidate) for state in states if state is not None}
+    requests = [ledger.read(name)[0].body for name in ledger.unsettled()]
+    return {(request["model"], request["candidate"]) for request in requests}
 
 
 def _started(

@@ -118,6 +118,15 @@ def test_a_share_that_no_rollout_gave_and_one_that_is_missing_are_told() -> None
         assert (seen.ok, seen.says) == (False, f"r thinks that v2 has traffic by epoch {epoch}; it has not")
 
 
+def test_a_rollout_that_cannot_be_read_is_named_and_the_others_are_looked_at() -> None:
+    book, _ = in_canary()
+    book.append("of tomorrow", 1, 100.0, "t", "requested", {"model": "other", "more": "than we know"})
+    seen = traffic(book, ["of tomorrow", "r"], {}, 100.0)
+    assert not seen.ok
+    assert "rollout of tomorrow cannot be read" in seen.says
+    assert "r thinks that v2 has traffic" in seen.says
+
+
 def test_a_rollout_that_nobody_drives_is_told() -> None:
     book, epoch = in_canary()
     held = {"m": Route("m", stable="1", candidate="2", weight=10, epoch=epoch)}

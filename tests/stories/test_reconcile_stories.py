@@ -19,7 +19,7 @@ from flows.rollout import Superseded
 from policies.events import Phase
 from policies.traffic import Route
 from tasks.ports import Deployment, PortError
-from tests.stories.world import MODEL, POLICY, Died, World, directly
+from tests.stories.world import MODEL, POLICY, Died, World, directly, of_tomorrow
 
 
 def one_by_one(jobs: Jobs) -> None:
@@ -298,6 +298,21 @@ def test_a_registry_that_is_down_leaves_its_part_to_the_next_pass_and_stops_noth
     world.registry.down = False
     a_pass(world, at_once=True)
     assert world.ledger.unsettled() == []
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_rollout_that_another_version_of_lockgate_wrote_is_left_and_keeps_no_other_waiting(at_once: bool) -> None:
+    world = World().given("2", errors=0.10)
+    of_tomorrow(world, "r0", "other")
+    dies_after(world, 3.0)
+    abort(world.ports, "r1", "ann", "not this one")
+    world.clock.sleep(600.0)
+    done = a_pass(world, at_once=at_once)
+    assert list(done.left) == ["r0"]
+    assert done.left["r0"].startswith("rollout r0 cannot be read: ledger entry 2 has the unknown kind 'certified'")
+    assert done.driven == {"r1": "rolled back"}
+    world.target.deploy(Deployment(MODEL, "7", "digest-7", world.target.stored("digest-1")), trial=True)  # type: ignore[arg-type]
+    assert a_pass(world).mended == [f"{MODEL}: end trial of v7"]
 
 
 def test_a_rollout_whose_policy_cannot_be_read_is_left_and_the_pass_goes_on() -> None:

@@ -16,7 +16,7 @@ from policies.transitions import NAMES
 from tasks.ports import PortError
 from tasks.ports_monitor import Notice
 from tests.fakes.monitor import FakeForms, FakeHerald
-from tests.stories.world import MODEL, POLICY, World
+from tests.stories.world import MODEL, POLICY, World, of_tomorrow
 
 ASKS = "governance: {approvals: {by: [ann], wait: 60s}}\n"
 PROMOTED = [
@@ -54,6 +54,19 @@ def test_each_transition_is_told_with_stage_share_reason_and_the_run() -> None:
     ]  # fmt: skip
     assert payloads[4]["says"] == f"m v2: promoting: {payloads[4]['reason']}"
     assert str(payloads[4]["reason"]).startswith("errors 0.00% against 0.00%")
+    assert herald.up_to == world.ledger.head().number
+
+
+def test_what_another_version_of_lockgate_wrote_keeps_nothing_else_from_being_told() -> None:
+    world, herald = World(), FakeHerald()
+    of_tomorrow(world, "r0", "other")
+    herald.note_told(world.ledger.head().number)
+    relay = Relay(world.ledger, herald)
+    relay.pass_on()
+    world.ledger.append("r0", 3, world.clock.now(), "of tomorrow", "ticked", {})
+    world.drive()
+    relay.pass_on()
+    assert told(herald) == PROMOTED
     assert herald.up_to == world.ledger.head().number
 
 

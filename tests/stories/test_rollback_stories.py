@@ -26,7 +26,7 @@ from policies.policy_yaml import parse
 from policies.rollout import Rollout, terms
 from policies.verdict import GateReport, Verdict
 from tasks.ports import BadInput, Deployment, ModelVersion, NotThere, PortError, Signature
-from tests.stories.world import MODEL, POLICY, Died, World, directly
+from tests.stories.world import MODEL, POLICY, Died, World, directly, of_tomorrow
 
 
 def promoted(*versions: str) -> World:
@@ -140,6 +140,14 @@ def test_a_policy_that_cannot_be_read_at_all_leaves_no_claim_behind() -> None:
         goes_back(world)
     assert serving(world) == "2"
     assert world.ledger.claim(MODEL, "local", "next") == "next"
+
+
+def test_a_rollout_that_another_version_of_lockgate_wrote_stops_no_way_back() -> None:
+    world = promoted("1", "2")
+    of_tomorrow(world, "r8", MODEL)
+    world.clock.sleep(60.0)
+    assert goes_back(world)[1].phase is Phase.PROMOTED
+    assert serving(world) == "1"
 
 
 def test_what_was_taken_back_and_delivered_anew_is_gone_back_to_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,14 @@ class MemoryRegistry:
 def directly(task: Any, *args: Any, name: str = "") -> Any:
     """Runs a Prefect task's function without the engine."""
     return task.fn(*args)
+
+
+def of_tomorrow(world: World, name: str, model: str) -> None:
+    """A rollout that this version of lockgate cannot read: it has an entry of a kind that is not known here."""
+    world.request(name)
+    first = world.ledger._books[name][0]
+    world.ledger._books[name][0] = replace(first, body={**first.body, "model": model})
+    world.ledger.append(name, 2, world.clock.now(), "of tomorrow", "certified", {})
 
 
 class World:
