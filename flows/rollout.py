@@ -7,6 +7,7 @@ effects are carried out; each effect names the entry that asked for it. Killed a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -50,6 +51,7 @@ from tasks.traffic import route_for, set_traffic
 
 _RETRY_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 _CAN_BE_LOST = frozenset({*LOOKED_AT, Phase.PROMOTING})
+_POLL_S = 0.05
 _FLUSH_S = 30.0  # how long an ended rollout's controller waits for the outbox; `reconcile` goes on with the rest
 
 
@@ -130,6 +132,7 @@ class Controller:
         self.tries = 0
         self.had_share = False  # saw the candidate's share in force: if that has ended since, no other one is given
         self.outbox_at: dict[str, tuple[int, float]] = {}
+        self.sending: tuple[Effect, Future[None]] | None = None  # out of the outbox, beside the looks
 
     def _append(
         self,
@@ -272,45 +275,60 @@ class Controller:
         self.run(deploy, self.ports.target, wanted, name=f"deploy v{number}")
 
     def _flush(self) -> bool:
-        """Tries what is due in the outbox; true if anything was done."""
-        now = self.ports.clock.now()
-        for effect in self.state.outbox:
-            tries, due = self.outbox_at.get(effect.id, (0, now))
-            if now < due:
-                continue
-            try:
-                if not self._overtaken(effect):
-                    self._deliver(effect)
-            except PortError as exc:
-                if isinstance(exc, (BadInput, NotThere, Refused)) and effect.do is not Do.QUARANTINE:
-                    self._try_append(Failed(0.0, 0, effect.id, str(exc), final=True))
-                    return True
-                # It stays in the ledger as asked for and not done; whoever drives or reconciles tries again.
-                delay = _RETRY_S[min(tries, len(_RETRY_S) - 1)]
-                self.outbox_at[effect.id] = (tries + 1, now + delay)
-                continue
-            self._try_append(Done(0.0, 0, effect.id))
-            return True
-        if self.state.ended:
-            self._wait(_RETRY_S[0])
-        return False
+        """Tries one thing that is due in the outbox; true if that is done.
 
-    def _overtaken(self, effect: Effect) -> bool:
+        It is sent beside the looks, one after the other: a registry that hangs costs no lease and delays no verdict.
+        """
+        if self.sending is None and (due := self._next_due()) is not None:
+            self.sending = due, self.ports.clock.beside(partial(self._send, due, self.state))
+        if self.sending is None:
+            if self.state.ended:
+                self._wait(_RETRY_S[0])
+            return False
+        effect, sent = self.sending
+        while not sent.done():
+            if self.state.in_force:
+                return False
+            self.ports.clock.sleep(_POLL_S)
+        self.sending = None
+        try:
+            sent.result()
+        except PortError as exc:
+            if isinstance(exc, (BadInput, NotThere, Refused)) and effect.do is not Do.QUARANTINE:
+                self._try_append(Failed(0.0, 0, effect.id, str(exc), final=True))
+                return True
+            # It stays in the ledger as asked for and not done; whoever drives or reconciles tries again.
+            tries, _ = self.outbox_at.get(effect.id, (0, 0.0))
+            delay = _RETRY_S[min(tries, len(_RETRY_S) - 1)]
+            self.outbox_at[effect.id] = (tries + 1, self.ports.clock.now() + delay)
+            return False
+        self._try_append(Done(0.0, 0, effect.id))
+        return True
+
+    def _next_due(self) -> Effect | None:
+        now = self.ports.clock.now()
+        return next((each for each in self.state.outbox if now >= self.outbox_at.get(each.id, (0, now))[1]), None)
+
+    def _send(self, effect: Effect, state: Rollout) -> None:
+        if not self._overtaken(effect, state):
+            self._deliver(effect, state)
+
+    def _overtaken(self, effect: Effect, state: Rollout) -> bool:
         """Whether a later rollout of the model has changed what the effect would: then there is nothing left to do.
 
         What is owed may be paid much later. By then another version may be the champion, or this one serve again.
         """
-        if effect.do not in (Do.ALIAS, Do.UNDEPLOY) or not self.state.ended:
+        if effect.do not in (Do.ALIAS, Do.UNDEPLOY) or not state.ended:
             return False
         ledger = self.ports.ledger
-        for later in takewhile(lambda name: name != self.rollout, ledger.rollouts(self.state.model)):
-            state = fold(ledger.read(later))
-            if effect.do is Do.ALIAS or (state is not None and effect.version in (state.candidate, state.stable)):
+        for later in takewhile(lambda name: name != self.rollout, ledger.rollouts(state.model)):
+            other = fold(ledger.read(later))
+            if effect.do is Do.ALIAS or (other is not None and effect.version in (other.candidate, other.stable)):
                 return True
         return False
 
-    def _deliver(self, effect: Effect) -> None:
-        ports, state = self.ports, self.state
+    def _deliver(self, effect: Effect, state: Rollout) -> None:
+        ports = self.ports
         if effect.do is Do.ALIAS:
             assert effect.version is not None
             previous = state.stable if effect.version == state.candidate else None

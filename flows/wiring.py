@@ -7,13 +7,17 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
+from flows.lingering import linger
 from flows.settings import Settings
 from infra import health_local
 from infra.databases_postgresql import databases, shown
@@ -58,6 +62,9 @@ _BESIDE = (
 )
 
 
+T = TypeVar("T")
+
+
 class SystemClock:
     """The machine's clock."""
 
@@ -66,6 +73,25 @@ class SystemClock:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    def beside(self, work: Callable[[], T]) -> Future[T]:
+        made: Future[T] = Future()
+        context = copy_context()
+
+        def fulfil() -> None:
+            try:
+                made.set_result(context.run(work))
+            except BaseException as exc:  # noqa: BLE001 - it is raised where the result is asked for
+                made.set_exception(exc)
+
+        thread = Thread(target=fulfil, name="beside", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:  # as many threads as the system allows
+            made.set_exception(PortError(f"nothing can be done beside the looks: {exc}"))
+        else:
+            linger(thread)
+        return made
 
 
 def platform(settings: Settings) -> LocalPlatform:
@@ -278,6 +304,7 @@ def _bound(settings_json: str, _platform: int) -> Ports:
     drift = EvidentlyDrift(wait_s=0.2)
     atexit.register(drift.close)
     pages = EvidentlyPages(addresses.agent_home)
+    clock = SystemClock()
     atexit.register(pages.close)
     return Ports(
         registry=MlflowRegistry(settings.mlflow_url or addresses.mlflow, settings.folder / "cache"),
@@ -287,10 +314,10 @@ def _bound(settings_json: str, _platform: int) -> Ports:
         probe=HttpProbe(),
         target=LocalTarget(addresses.agent_home),
         router=EnvoyRouter(addresses.agent_home),
-        telemetry=LiveTelemetry(addresses.agent_home, drift),
+        telemetry=LiveTelemetry(addresses.agent_home, drift, clock),
         ledger=ledger(settings),
         reporter=HtmlReporter(),
-        clock=SystemClock(),
+        clock=clock,
         pages=pages,
     )
 

@@ -8,7 +8,6 @@ from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from infra.drift_evidently import EvidentlyDrift
@@ -17,7 +16,7 @@ from infra.samples_arrow import SampledRows
 from infra.telemetry_envoy import EnvoyCounts
 from policies import shifts
 from policies.evidence import Counts, Drift, Outcomes, Pairs
-from tasks.ports import NotThere, PortError
+from tasks.ports import Clock, NotThere
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +42,8 @@ class _Counted:
 class LiveTelemetry:
     """Reads one agent's data plane. Several rollouts may ask, each from a thread of its own."""
 
-    def __init__(self, agent_home: Path, drift: EvidentlyDrift) -> None:
+    def __init__(self, agent_home: Path, drift: EvidentlyDrift, clock: Clock) -> None:
+        self._clock = clock
         self._counts = EnvoyCounts(agent_home)
         self._samples = SampledRows(agent_home)
         self._labelled = LabelledAnswers(agent_home)
@@ -78,7 +78,7 @@ class LiveTelemetry:
         for each, (made, asked) in list(self._reading.items()):
             if made.done() and asked < now - _OVER_S:
                 self._reading.pop(each, None)
-        reading: Future[T] = self._reading[of][0] if of in self._reading else _begun(read)
+        reading: Future[T] = self._reading[of][0] if of in self._reading else self._clock.beside(read)
         self._reading[of] = reading, now
         futures.wait([reading], _READ_S)
         if not reading.done():
@@ -126,23 +126,6 @@ class LiveTelemetry:
     def outcomes(self, model: str, stable: str, candidate: str, metric: str, since: float, wait: float) -> Outcomes:
         key = (model, stable, candidate, metric, since, wait)
         return self._aside(f"outcomes {key}", lambda: self._labelled.outcomes(*key))
-
-
-def _begun(read: Callable[[], T]) -> Future[T]:
-    """What a thread of its own reads. Raises PortError if there can be none."""
-    made: Future[T] = Future()
-
-    def fulfil() -> None:
-        try:
-            made.set_result(read())
-        except BaseException as exc:  # noqa: BLE001 - it is raised where the result is asked for
-            made.set_exception(exc)
-
-    try:
-        Thread(target=fulfil, name="sampled-rows", daemon=True).start()
-    except RuntimeError as exc:  # as many threads as the system allows
-        raise PortError(f"the sampled rows cannot be read: {exc}") from exc
-    return made
 
 
 def _first(table: pa.Table) -> float:

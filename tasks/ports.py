@@ -8,15 +8,18 @@ PortError                   could not look, or could not do: worth another try
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from policies.audit import Head
 from policies.evidence import Counts, Drift, Outcomes, Pairs
 from policies.traffic import Route
 from policies.verdict import GateReport
+
+T = TypeVar("T")
 
 SIGNED_TAG = "lockgate.signed"  # on a version in the registry: the signature of its bytes, in base64
 
@@ -431,6 +434,9 @@ class Clock(Protocol):
 
     def sleep(self, seconds: float) -> None:
         """Returns that much later."""
+
+    def beside(self, work: Callable[[], T]) -> Future[T]:
+        """Begins the work and does not wait for it. What it raises, and that it could not begin, is the future's."""
 
 
 @dataclass(frozen=True)

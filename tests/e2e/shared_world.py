@@ -33,6 +33,8 @@ class FastClock:
     def sleep(self, seconds: float) -> None:
         time.sleep(max(seconds, 0.0) / self.speed)
 
+    beside = FakeClock.beside
+
 
 class Shared:
     """A story's world, one call at a time, at the time that the callers' clocks show."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flows.wiring import SystemClock
 from infra import labels_arrow, outcomes_arrow
 from infra.drift_evidently import EvidentlyDrift
 from infra.labels_arrow import LabelStore
@@ -19,6 +20,7 @@ from policies.evidence import Outcomes, Sums
 from tasks.ports import BadInput, PortError
 from tests.ports.outcomes_contract import OutcomesContract, Served
 
+CLOCK = SystemClock()
 SINCE = 1_000.0
 
 
@@ -221,6 +223,6 @@ class TestLocalOutcomes(OutcomesContract):
                 answered(tmp_path, version, "a", rows, model="m")
             text = "\n".join(f"r{i},1" for i in range(int(1000 * labelled)))
             LabelStore(tmp_path).add("m", csv(tmp_path, f"request_id,label\n{text}\n"))
-            return LiveTelemetry(tmp_path, EvidentlyDrift())
+            return LiveTelemetry(tmp_path, EvidentlyDrift(), CLOCK)
 
         return serve

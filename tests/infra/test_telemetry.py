@@ -12,12 +12,15 @@ import pyarrow as pa
 import pytest
 import scipy.stats
 
+from flows.wiring import SystemClock
 from infra.drift_evidently import EvidentlyDrift
 from infra.samples_arrow import SampledRows
 from infra.telemetry import LiveTelemetry
 from policies import shifts
 from policies.evidence import Drift, Pairs
 from tasks.ports import BadInput, NotThere, PortError
+
+CLOCK = SystemClock()
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +54,7 @@ def answered(home: Path, version: str, rows: list[tuple[str, float, float]]) -> 
 def test_no_rows_yet_is_no_evidence(tmp_path: Path) -> None:
     sampled(tmp_path, "1")
     with pytest.raises(NotThere, match="m v2 has no sampled rows yet"):
-        LiveTelemetry(tmp_path, EvidentlyDrift()).drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
+        LiveTelemetry(tmp_path, EvidentlyDrift(), CLOCK).drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_a_column_that_is_not_there_or_of_another_kind_is_an_error(
     sampled(tmp_path, "1")
     sampled(tmp_path, "2")
     with pytest.raises(BadInput, match=says):
-        LiveTelemetry(tmp_path, EvidentlyDrift()).drift("m", "1", "2", [column], method, 0.0)
+        LiveTelemetry(tmp_path, EvidentlyDrift(), CLOCK).drift("m", "1", "2", [column], method, 0.0)
 
 
 class Windows(EvidentlyDrift):
@@ -107,7 +110,7 @@ def test_the_windows_are_of_the_same_times_however_the_traffic_was_shared(
     for version, times in (("1", few if swapped else many), ("2", many if swapped else few)):
         answered(tmp_path, version, [(str(i), float(at), 0.5) for i, at in enumerate(times)])
     windows = Windows()
-    LiveTelemetry(tmp_path, windows).drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
+    LiveTelemetry(tmp_path, windows, CLOCK).drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
     first, second = windows.times
     assert min(len(first), len(second)) >= 0.6 * min(len(few), 2000)
     assert scipy.stats.ks_2samp(first, second).statistic < 0.06
@@ -117,7 +120,7 @@ def test_what_the_servers_have_deleted_of_one_version_is_not_compared_with_the_o
     answered(tmp_path, "1", [(str(i), float(i), 0.5) for i in range(60, 100)])
     answered(tmp_path, "2", [(str(i), float(i), 0.5) for i in range(100)])
     windows = Windows()
-    LiveTelemetry(tmp_path, windows).drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
+    LiveTelemetry(tmp_path, windows, CLOCK).drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
     assert [times.min() for times in windows.times] == [60.0, 60.0]
 
 
@@ -145,7 +148,7 @@ def test_reading_the_rows_keeps_no_look_waiting_and_is_done_once(
         return read(rows, model, version, *more)
 
     monkeypatch.setattr(SampledRows, "read", slow)
-    telemetry = LiveTelemetry(tmp_path, Windows())
+    telemetry = LiveTelemetry(tmp_path, Windows(), CLOCK)
     for _ in range(3):
         with pytest.raises(NotThere, match="being read"):
             ask(telemetry)
@@ -159,7 +162,7 @@ def test_rows_that_nobody_fetches_are_not_kept(tmp_path: Path, monkeypatch: pyte
     """The rollout ended while they were read, and its process drives others for days."""
     sampled(tmp_path, "1")
     sampled(tmp_path, "2")
-    telemetry = LiveTelemetry(tmp_path, Windows())
+    telemetry = LiveTelemetry(tmp_path, Windows(), CLOCK)
     monkeypatch.setattr("infra.telemetry._READ_S", 0.0)
     monkeypatch.setattr("infra.telemetry._OVER_S", 0.0)
     with pytest.raises(NotThere, match="being read"):
@@ -177,14 +180,14 @@ def test_rows_that_cannot_be_read_are_said_and_read_anew(
 ) -> None:
     sampled(tmp_path, "1")
     sampled(tmp_path, "2")
-    telemetry = LiveTelemetry(tmp_path, Windows())
+    telemetry = LiveTelemetry(tmp_path, Windows(), CLOCK)
     with monkeypatch.context() as broken:
         broken.setattr(SampledRows, "read", lambda *_: throw(error))
         with pytest.raises(type(error), match="no answer"):
             telemetry.pairs("m", "1", "2", 0.1, -1.0)
     with monkeypatch.context() as full:
         full.setattr(threading.Thread, "start", lambda _: throw(RuntimeError("can't start new thread")))
-        with pytest.raises(PortError, match="cannot be read: can't start new thread"):
+        with pytest.raises(PortError, match="nothing can be done beside the looks: can't start new thread"):
             telemetry.pairs("m", "1", "2", 0.1, -1.0)
     assert telemetry.pairs("m", "1", "2", 0.1, -1.0) == Pairs(10, 0)
 
@@ -201,14 +204,14 @@ def test_while_a_comparison_is_under_way_no_rows_are_read(tmp_path: Path) -> Non
         def compare(self, *windows: Any, **__: Any) -> Drift:
             return Drift(windows[0].num_rows, windows[1].num_rows, (), 1.0)
 
-    assert LiveTelemetry(tmp_path, Busy()).drift("m", "1", "2", ["prediction"], "ks", 0.0).rows_stable == 0
+    assert LiveTelemetry(tmp_path, Busy(), CLOCK).drift("m", "1", "2", ["prediction"], "ks", 0.0).rows_stable == 0
 
 
 def test_pairs_of_another_rollout_or_by_another_tolerance_are_counted_anew(tmp_path: Path) -> None:
     """One process drives many rollouts, and the same two versions may meet again."""
     sampled(tmp_path, "1")
     sampled(tmp_path, "2", prediction=0.3)
-    telemetry = LiveTelemetry(tmp_path, EvidentlyDrift())
+    telemetry = LiveTelemetry(tmp_path, EvidentlyDrift(), CLOCK)
     assert telemetry.pairs("m", "1", "2", 0.1, -1.0) == Pairs(10, 10)
     assert telemetry.pairs("m", "1", "2", 0.1, 7.5) == Pairs(2, 2), "what came before it began is not its own"
     assert telemetry.pairs("m", "1", "2", 0.5, -1.0) == Pairs(10, 0)
@@ -220,7 +223,7 @@ def test_requests_that_share_an_id_are_no_pairs(tmp_path: Path) -> None:
     rows = [("mine" if i % 10 == 0 else str(i), float(i), i / 400) for i in range(400)]
     answered(tmp_path, "1", rows)
     answered(tmp_path, "2", rows)
-    assert LiveTelemetry(tmp_path, EvidentlyDrift()).pairs("m", "1", "2", 0.001, -1.0) == Pairs(360, 0)
+    assert LiveTelemetry(tmp_path, EvidentlyDrift(), CLOCK).pairs("m", "1", "2", 0.001, -1.0) == Pairs(360, 0)
 
 
 @pytest.mark.parametrize("other", [6.0, 1e12], ids=["before what is counted", "after it"])
@@ -232,4 +235,4 @@ def test_an_id_that_is_used_again_outside_of_what_is_counted_is_no_pair(
     for version in ("1", "2"):
         again = [("mine", other, 0.9)] if version == twice else []
         answered(tmp_path, version, [("mine", 8.0, 0.1), ("x", 8.5, 0.2), *again])
-    assert LiveTelemetry(tmp_path, EvidentlyDrift()).pairs("m", "1", "2", 0.1, 7.5) == Pairs(1, 0)
+    assert LiveTelemetry(tmp_path, EvidentlyDrift(), CLOCK).pairs("m", "1", "2", 0.1, 7.5) == Pairs(1, 0)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
 
 from tests.fakes.clock import FakeClock
 
+T = TypeVar("T")
 _CALLS_MAX = 10_000  # that may be made while no time passes: whoever makes more will never wait
 
 
@@ -29,10 +31,15 @@ class SimClock(FakeClock):
     def __init__(self) -> None:
         super().__init__()
         self.wait: Callable[[float], None] = super().sleep
+        self.begin: Callable[[Callable[[], Any]], Future[Any]] = super().beside
         self.next_alarm: Callable[[], float | None] = lambda: None
 
     def sleep(self, seconds: float) -> None:
         self.wait(max(seconds, 0.0))
+
+    def beside(self, work: Callable[[], T]) -> Future[T]:
+        """Another thread of the actor, which dies with it."""
+        return self.begin(work)
 
     def pass_to(self, moment: float) -> None:
         """Time goes on to the moment (monotonic), by way of every alarm that falls due before."""
@@ -51,10 +58,21 @@ class Actor:
 
     def __init__(self, name: str, work: Callable[[], Any]) -> None:
         self.name, self.work = name, work
+        self.parent: Actor | None = None  # whose thread it is
         self.doomed = False
         self.ended = False
         self.error: Exception | None = None
         self.life: greenlet | None = None
+
+    @property
+    def dead(self) -> bool:
+        return self.doomed or (self.parent is not None and self.parent.dead)
+
+    def die(self) -> None:
+        """The whole process does, from its next call on."""
+        self.doomed = True
+        if self.parent is not None:
+            self.parent.die()
 
 
 class Actors:
@@ -69,6 +87,7 @@ class Actors:
         self._calls, self._calls_at = 0, 0.0
         self._hub = getcurrent()
         clock.wait = self._sleep
+        clock.begin = self._begin
 
     def spawn(self, name: str, work: Callable[[], Any], after: float = 0.0) -> Actor:
         """A process that starts that much later."""
@@ -77,9 +96,23 @@ class Actors:
         self._push(self.clock.monotonic + after, actor)
         return actor
 
+    def _begin(self, work: Callable[[], T]) -> Future[T]:
+        made: Future[T] = Future()
+
+        def fulfil() -> None:
+            try:
+                made.set_result(work())
+            except Exception as exc:  # noqa: BLE001 - it is raised where the result is asked for
+                made.set_exception(exc)
+
+        parent = self.current
+        assert parent is not None
+        self.spawn(parent.name, fulfil).parent = parent
+        return made
+
     def check_alive(self) -> None:
         """Asked before each call. Raises Killed in an actor that is doomed, RuntimeError in one that never waits."""
-        if self.current is not None and self.current.doomed:
+        if self.current is not None and self.current.dead:
             raise Killed
         self._calls = self._calls + 1 if self._calls_at == self.clock.monotonic else 0
         self._calls_at = self.clock.monotonic
@@ -134,7 +167,7 @@ class Actors:
 
     def _live(self, actor: Actor) -> None:
         try:
-            if not actor.doomed:
+            if not actor.dead:
                 actor.work()
         except Killed:
             pass

@@ -96,7 +96,7 @@ class Wire:
 
     def _die(self) -> None:
         assert self._actors.current is not None
-        self._actors.current.doomed = True
+        self._actors.current.die()
         raise Killed
 
     def _time_out(self, name: str) -> None:

@@ -322,7 +322,7 @@ class Run:
         ]
         if living:
             victim = self.chance.choice(living)
-            victim.doomed = True
+            victim.die()
             self._say(f"{victim.name} dies")
 
     def _observe(self, progress: Progress) -> None:

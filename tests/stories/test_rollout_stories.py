@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from policies.traffic import Route
 from policies.verdict import GateReport, Verdict
 from tasks.ports import ModelVersion, PortError, Refused, Signature, Submission
 from tasks.validation import check_answers
+from tests.fakes.clock import FakeClock
 from tests.fakes.inspector import MODEL as MODEL_FILE
 from tests.fakes.inspector import FakeInspector
 from tests.fakes.registry import FakeRegistry
@@ -388,3 +391,33 @@ def test_the_trial_s_server_verifies_the_signature_that_the_rollout_was_let_in_b
 
     run_checks(ports, signed, state, Preparation(Submission(MODEL, str(onnx)), None), run)
     assert [each.signed for each in world.target.deployed] == ["by the key"]
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_registry_that_hangs_costs_no_lease_delays_no_verdict_and_is_not_overtaken(bad: bool) -> None:
+    """The alias is set while the candidate is watched at 100 %; the answer takes longer than the lease."""
+    world, hung = World(), []
+
+    def beside(work: Callable[[], Any]) -> Future[Any]:
+        if hung:
+            return FakeClock.beside(world.clock, work)
+        made: Future[Any] = Future()
+        until = world.clock.monotonic + 30.0
+
+        def answers() -> None:
+            if world.clock.monotonic >= until and not made.done():
+                made.set_result(work())
+
+        hung.append(world.clock.monotonic)
+        world.clock.alarms.append(answers)
+        if bad:
+            world.given("2", errors=0.5)
+        return made
+
+    world.clock.beside = beside  # type: ignore[method-assign, assignment]
+    state = world.drive()
+    assert state.phase is (Phase.ROLLED_BACK if bad else Phase.PROMOTED)
+    assert ("errors" in state.reason) is bad
+    looks = [entry for entry in world.ledger.read("r1") if entry.kind == "looked"]
+    assert len([entry for entry in looks if entry.at > world.clock.time - world.clock.monotonic + hung[0]]) >= 3
+    assert world.registry.aliases["champion"] == ("1" if bad else "2")
