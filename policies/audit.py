@@ -193,8 +193,11 @@ def line(
 ) -> str:
     """The entry's line; without `own_hash`, the text that the hash is taken of. `body` is canonical JSON already.
 
-    Written by hand rather than by `canonical`, so that a stored body goes in exactly as it is stored.
+    Written by hand rather than by `canonical`, so that a stored body goes in exactly as it is stored. Raises
+    NotCanonical for a time that is no number: what only reads as the same number is not what was written.
     """
+    if isinstance(at, bool) or not isinstance(at, float | int):
+        raise NotCanonical(f"{at!r} is no time for an entry")
     middle = f'"hash":"{own_hash}",' if own_hash is not None else ""
     return (
         f'{{"actor":{canonical(actor)},"at":{canonical(float(at))},"body":{body},{middle}"kind":{canonical(kind)},'

@@ -222,6 +222,20 @@ def test_every_edit_of_every_stored_value_is_detected(ledger: SqlLedger, path: P
     connection.close()
 
 
+@pytest.mark.parametrize("edited", [b"1.5", "\uff11.5", "1.5 s"])
+def test_a_time_that_only_reads_as_the_number_that_was_written_is_detected(
+    ledger: SqlLedger, path: Path, edited: object
+) -> None:
+    """SQLite stores in a column of numbers what is none, and Python's `float` takes more for a number than SQLite."""
+    ledger.append("r1", 1, 1.5, "t", "noted", {})
+    connection = stored(path)
+    connection.execute("UPDATE lockgate_entries SET at = ?", (edited,))
+    connection.close()
+    found = audit.verify(ledger.lines(), ledger.head())
+    assert found.breach is not None
+    assert found.breach.number == 1
+
+
 def test_every_deletion_swap_and_truncation_of_stored_entries_is_detected(ledger: SqlLedger, path: Path) -> None:
     """The cut at the end against the head that was known before; the first entry that does not fit is named."""
     for sequence in range(1, 6):

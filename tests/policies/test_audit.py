@@ -252,6 +252,13 @@ def test_the_hash_is_plain_sha256_of_the_line_without_it() -> None:
         assert hashlib.sha256(text.encode()).hexdigest() == own
 
 
+@pytest.mark.parametrize("at", ["1.5", b"1.5", "\uff11.5", True, None])
+def test_a_time_that_is_no_number_has_no_line(at: Any) -> None:
+    with pytest.raises(NotCanonical, match="no time"):
+        audit.line(1, "r1", 1, at, "t", "noted", "{}", FIRST_HASH)
+    assert '"at":2.0,' in audit.line(1, "r1", 1, 2, "t", "noted", "{}", FIRST_HASH)
+
+
 # ---------------------------------------------------------------- exports
 
 
