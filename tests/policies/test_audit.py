@@ -147,6 +147,14 @@ def test_an_edit_with_the_hashes_made_anew_is_told_by_the_head_alone() -> None:
         assert "not signed" in found.breach.why
 
 
+@pytest.mark.parametrize("character", ["\u00e9", "\ud800", "\U0001f600"])
+def test_a_signature_of_any_characters_is_not_made_with_the_key(character: str) -> None:
+    head = json.loads(EXPORT[-1])
+    head["head"]["signature"] = character + head["head"]["signature"][1:]
+    found = audit.verify_export([*LINES, audit.canonical(head).encode() + b"\n"], KEY)
+    assert found.breach == Breach(5, "the head line is not signed with this key")
+
+
 def test_a_cut_with_a_new_head_is_told_by_the_signature() -> None:
     for length in range(len(LINES)):
         cut = list(audit.export(LINES[:length]))
