@@ -311,10 +311,7 @@ def export(lines: Iterable[bytes], key: bytes | None = None) -> Iterator[bytes]:
             raise ValueError(f"the ledger cannot be exported: {Breach(reached.number + 1, found)}")
         reached = found
         yield raw
-    signature = sign(reached, key) if key else ""
-    yield (canonical({"head": {"hash": reached.hash, "number": reached.number, "signature": signature}}) + "\n").encode(
-        "ascii"
-    )
+    yield _head_line(reached, sign(reached, key) if key else "")
 
 
 def verify_export(lines: Iterable[bytes], key: bytes | None = None) -> Verified:
@@ -357,13 +354,18 @@ class _Body:
         return raw
 
 
+def _head_line(head: Head, signature: str) -> bytes:
+    text = canonical({"head": {"hash": head.hash, "number": head.number, "signature": signature}})
+    return f"{text}\n".encode("ascii")
+
+
 def _head_of(raw: bytes) -> tuple[Head, str] | None:
+    """The head and the signature of a head line; None for one with a byte more or less than `_head_line` gives it."""
     try:
-        made = parse(raw.decode("ascii"))
-        inner = made["head"]
+        inner = parse(raw.decode("ascii"))["head"]
         head, signature = Head(inner["number"], inner["hash"]), inner["signature"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     if not (type(head.number) is int and isinstance(head.hash, str) and isinstance(signature, str)):
         return None
-    return (head, signature) if (canonical(made) + "\n").encode("ascii") == raw else None
+    return (head, signature) if _head_line(head, signature) == raw else None

@@ -155,6 +155,19 @@ def test_a_signature_of_any_characters_is_not_made_with_the_key(character: str) 
     assert found.breach == Breach(5, "the head line is not signed with this key")
 
 
+@pytest.mark.parametrize("more", [{"zz": []}, {"zz": 1, "zzz": {"head": {}}}])
+@pytest.mark.parametrize("inner", [{}, {"x": 1}, {"entries": 9}])
+def test_what_is_added_to_the_head_line_is_not_covered_by_its_signature(
+    more: dict[str, Any], inner: dict[str, Any]
+) -> None:
+    head = json.loads(EXPORT[-1])["head"]
+    for line in ({"head": {**head, **inner}, **more}, {"head": {**head, "x": 1}}):
+        for key in (KEY, None):
+            found = audit.verify_export([*LINES, audit.canonical(line).encode() + b"\n"], key)
+            assert found.breach == Breach(5, "the head line is not written as an export writes it")
+            assert not found.signed
+
+
 def test_a_cut_with_a_new_head_is_told_by_the_signature() -> None:
     for length in range(len(LINES)):
         cut = list(audit.export(LINES[:length]))
