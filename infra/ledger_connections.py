@@ -82,6 +82,11 @@ def _postgresql(url: sa.URL) -> sa.Engine:
             "connect_timeout": int(_WAIT_S),
             "application_name": "lockgate",
             "tcp_user_timeout": int(1000 * _WAIT_S),
+            # Whoever waits for an answer has sent all: a host that died without a word is noticed by asking it.
+            "keepalives": 1,
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
         },
     )
     sa.event.listen(made, "connect", _prepare_postgresql)
