@@ -40,9 +40,8 @@ class Followed:
 
     def read(self) -> None:
         """Takes in what is new; `news` has a line for each move."""
-        for entry in self.ledger.read(self.rollout):
-            if entry.sequence > self.sequence:
-                self._take(entry)
+        for entry in self.ledger.read(self.rollout, after=self.sequence):
+            self._take(entry)
 
     def _take(self, entry: Entry) -> None:
         event = from_body(entry.kind, entry.body, entry.at, entry.number)
