@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
-from flows.live import Followed
 from flows.settings import Settings
+from flows.story import fold
 from flows.wiring import Addresses, connect, located
 from policies.rollout import OUTCOMES
 from policies.traffic import Route
@@ -32,16 +32,22 @@ def overview(settings: Settings) -> dict[str, Any]:
 
 
 def _delivered(ledger: Ledger) -> set[str]:
-    return {str(ledger.read(name)[0].body["model"]) for name in ledger.rollouts()}
+    """The models that have ever had a rollout. Only the newest one of each is read: the ledger knows the others."""
+    models: set[str] = set()
+    known: set[str] = set()
+    for name in ledger.rollouts():
+        if name not in known:
+            model = str(ledger.read(name)[0].body["model"])
+            models.add(model)
+            known.update(ledger.rollouts(model))
+    return models
 
 
 def _model(ports: Ports, model: str, route: Route | None, addresses: Addresses) -> dict[str, Any]:
     name = newest(ports.ledger, model)
-    run = ports.ledger.read(name)[0].body.get("flow_run") if name else None
-    followed = Followed(ports.ledger, name) if name else None
-    if followed:
-        followed.read()
-    state = followed.state if followed else None
+    entries = ports.ledger.read(name) if name else []
+    run = entries[0].body.get("flow_run") if entries else None
+    state = fold(entries)
     return {
         "model": model,
         "champion": _alias(ports, model, "champion"),
