@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from flows.story import evidence_of, policy_of, reports_in, story_of
+from flows.story import PAUSED, evidence_of, label_of, policy_of, reports_in, story_of
 from policies import gates
 from policies.events import from_body
 from policies.nearest import nearest, of_check
@@ -18,8 +18,8 @@ from tasks.ports import Entry, Ledger, NotThere
 def explained(ledger: Ledger, name: str) -> dict[str, Any]:
     """The decisions of the rollout of that name, or of the newest rollout of the model of that name; JSON-able.
 
-    A decision is a look, a check or an order that moved the rollout; of one under way also the newest look. Raises
-    NotThere if the ledger knows neither; PortError if it cannot be read.
+    A decision is a look, a check or an order that moved, paused or resumed the rollout, or a person's answer; of one
+    under way also the newest look. Raises NotThere if the ledger knows neither; PortError if it cannot be read.
     """
     entries = ledger.read(name)
     if not entries:
@@ -35,6 +35,7 @@ def explained(ledger: Ledger, name: str) -> dict[str, Any]:
         "version": state.candidate,
         "baseline": state.stable,
         "outcome": OUTCOMES.get(state.phase, str(state.phase)),
+        "paused": state.paused_at is not None,
         "reason": state.reason,
         "decisions": decisions,
         "pages": pages,
@@ -50,11 +51,12 @@ def _walk(entries: Sequence[Entry]) -> tuple[Rollout, list[dict[str, Any]]]:
         before = state
         state, _ = step(state, from_body(entry.kind, entry.body, entry.at, entry.number))
         evidence = evidence_of(entry)
-        moved = before is not None and before.label != state.label
+        told = before is not None and (_label(before) != _label(state) or before.moved_by != state.moved_by)
+        moved = told or entry.kind == "answered"
         reports = [asdict(report) for report in reports_in(entry.body)]
         decision = {
             "number": entry.number, "at": entry.at, "by": entry.actor, "kind": entry.kind, "from": _label(before),
-            "to": state.label, "says": _says(entry, state), "reports": reports,
+            "to": _label(state), "says": _says(entry, before, state), "reports": reports,
         }  # fmt: skip
         looked = None
         if entry.kind == "checked":
@@ -79,21 +81,31 @@ def _is_last_look(entries: Sequence[Entry], entry: Entry) -> bool:
 
 
 def _label(state: Rollout | None) -> str:
-    return state.label if state is not None else ""
+    return label_of(state) if state is not None else ""
 
 
-def _says(entry: Entry, state: Rollout) -> str:
+def _says(entry: Entry, before: Rollout | None, state: Rollout) -> str:
+    if entry.kind != "ordered" and _pauses(_label(before), _label(state)):
+        return state.reason  # it paused by itself: no word of the entry's own says so
     told = next((str(entry.body[key]) for key in ("says", "error", "reason") if entry.body.get(key)), "")
+    if entry.kind == "answered":
+        told = ": ".join(filter(None, (str(entry.body["answer"]), told)))
+        return f"{told} ({entry.body['ticket']})" if entry.body.get("ticket") else told
     return told or (state.reason if state.ended else "")
+
+
+def _pauses(before: str, after: str) -> bool:
+    return after.endswith(PAUSED) and not before.endswith(PAUSED)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The same as text, a block per decision."""
-    told = [f"{found['rollout']}: {found['model']} v{found['version']}, {found['outcome']}: {found['reason'] or '-'}"]
+    outcome = f"{found['outcome']}{PAUSED if found['paused'] else ''}"
+    told = [f"{found['rollout']}: {found['model']} v{found['version']}, {outcome}: {found['reason'] or '-'}"]
     start = found["decisions"][0]["at"] if found["decisions"] else 0.0
     for each in found["decisions"]:
         told.append(f"\n+{each['at'] - start:.0f} s  {each['from']} -> {each['to']}  ({each['kind']}, by {each['by']})")
-        if each["says"] and not each["reports"]:
+        if each["says"] and (not each["reports"] or _pauses(each["from"], each["to"])):
             told.append(f"  {each['says']}")
         for report in each["reports"]:
             told.append(f"  {report['verdict']:<5} {report['gate']}: {report['says']}")

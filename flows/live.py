@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flows.story import reports_in, share_done, weights
+from flows.story import label_of, reports_in, share_done, weights
 from policies.events import Looked, from_body
 from policies.rollout import Rollout, step
 from policies.verdict import GateReport, Verdict
@@ -51,17 +51,15 @@ class Followed:
         self.began = self.began or entry.at
         if "reports" in entry.body:
             self.reports = reports_in(entry.body)
-        moved = before is None or before.label != self.state.label or before.paused_at != self.state.paused_at
-        if moved:
+        if before is None or label_of(before) != label_of(self.state):
             self.news.append(_move_line(self.state, entry.at - self.began))
         if isinstance(event, Looked) and before is not None and before.verdict is not event.verdict:
             self.news.append(f"    {event.verdict}: {event.says}")
 
 
 def _move_line(state: Rollout, seconds: float) -> str:
-    paused = " (paused)" if state.paused_at is not None else ""
     why = f": {state.reason}" if state.ended and state.reason else ""
-    return f"{seconds:6.1f} s  {state.model} v{state.candidate}: {state.label}{paused}{why}"
+    return f"{seconds:6.1f} s  {state.model} v{state.candidate}: {label_of(state)}{why}"
 
 
 def gates_table(reports: tuple[GateReport, ...]) -> Table:

@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 from flows.settings import Settings
-from flows.story import fold
+from flows.story import fold, label_of
 from flows.wiring import Addresses, connect, located
 from policies.rollout import OUTCOMES
 from policies.traffic import Route
@@ -55,7 +55,7 @@ def _model(ports: Ports, model: str, route: Route | None, addresses: Addresses) 
         "traffic": _traffic(route),
         "rollout": name,
         "candidate": state.candidate if state else None,
-        "state": state.label if state else None,
+        "state": label_of(state) if state else None,
         "reason": state.reason if state else None,
         "verdict": OUTCOMES[state.phase] if state and state.ended else str(state.verdict) if state else None,
         "links": {"MLflow": f"{addresses.mlflow}/#/models/{quote(model)}"}

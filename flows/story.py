@@ -15,6 +15,8 @@ from policies.rollout import OUTCOMES, Rollout, step
 from policies.verdict import GateReport, Verdict
 from tasks.ports import Entry, Ledger, Look, Page, PortError, Story
 
+PAUSED = " (paused)"
+
 
 class Unreadable(PortError):
     """Another version of lockgate wrote it into the ledger, and this one cannot read it. Nobody else waits for it."""
@@ -77,6 +79,11 @@ def state_of(ledger: Ledger, name: str) -> Rollout:
     state = fold(ledger.read(name))
     assert state is not None  # only rollouts that were requested are listed
     return state
+
+
+def label_of(state: Rollout) -> str:
+    """Where the rollout stands, as `Rollout.label`, and that it is paused if it is."""
+    return f"{state.label}{PAUSED}" if state.paused_at is not None else state.label
 
 
 def evidence_of(entry: Entry) -> Evidence | None:

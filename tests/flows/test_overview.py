@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from flows import overview
+from flows.orders import order
 from flows.settings import Settings
 from flows.wiring import Addresses
 from tasks.ports import Entry
@@ -38,3 +39,20 @@ def test_of_each_model_the_newest_rollout_is_read_and_no_other(monkeypatch: pyte
     assert {name: model["rollout"] for name, model in models.items()} == {MODEL: "r6", "other": "r4", "third": "r5"}
     assert models["other"]["links"]["Prefect"].endswith("/run of r4")
     assert set(read) == {"r4", "r5", "r6"}
+
+
+def test_a_paused_rollout_is_called_paused_beside_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    told: list[str] = []
+
+    def pause() -> None:
+        model = seen(world, monkeypatch)[MODEL]
+        if not told and model["state"] == "canary 20 %":
+            order(world.ports, "r1", "ann/1", "pause", "the desk calls", "ann")
+            told.append(seen(world, monkeypatch)[MODEL]["state"])
+            order(world.ports, "r1", "ann/1", "abort", "enough", "ann")
+
+    name = world.request()
+    world.clock.alarms.append(pause)
+    world.controller(name).drive()
+    assert told == ["canary 20 % (paused)"]
