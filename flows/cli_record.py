@@ -141,6 +141,8 @@ def lift(
     """Lets bytes in quarantine be delivered again. Who said so, and why, stays on the record."""
     from flows.wiring import ledger
 
+    if not digest:
+        raise BadInput("name the digest, or a beginning of it; see: lockgate quarantine list")
     book = ledger(read_settings())
     found = [each.digest for each in book.quarantines() if each.digest.startswith(digest)]
     if len(found) != 1:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from flows import cli
+from flows.settings import read_settings
+from flows.wiring import ledger
 
 
 @pytest.fixture
@@ -56,6 +58,18 @@ def test_a_file_that_cannot_be_written_is_wrong_usage(
 ) -> None:
     assert lockgate(monkeypatch, *command, "nowhere/x") == 2
     assert capsys.readouterr().err.startswith("lockgate: nowhere/x cannot be written")
+
+
+def test_an_empty_digest_lifts_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    book = ledger(read_settings())
+    book.quarantine("3f9a", "too many errors", "r1")
+    assert lockgate(monkeypatch, "quarantine", "lift", "", "--reason", "x") == 2
+    assert "name the digest" in capsys.readouterr().err
+    assert book.quarantined("3f9a") == "too many errors"
+    assert lockgate(monkeypatch, "quarantine", "lift", "3f", "--reason", "x") == 0
+    assert book.quarantined("3f9a") is None
 
 
 def test_what_nobody_foresaw_is_told_at_the_end_and_is_no_refusal(
