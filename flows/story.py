@@ -13,7 +13,7 @@ from policies.evidence import Counts, Evidence
 from policies.policy import Policy
 from policies.rollout import OUTCOMES, Rollout, step
 from policies.verdict import GateReport, Verdict
-from tasks.ports import Entry, Ledger, Look, Page, PortError, Story
+from tasks.ports import BadInput, Entry, Ledger, Look, Page, PortError, Story
 
 PAUSED = " (paused)"
 
@@ -25,8 +25,10 @@ class Unreadable(PortError):
 def policy_of(entries: Sequence[Entry]) -> Policy:
     """The policy that the rollout was requested under: it is in the first entry, whatever became of the file.
 
-    Raises Unreadable.
+    Raises Unreadable, and BadInput where the entries are of something else than a rollout.
     """
+    if entries[0].kind != "requested":
+        raise BadInput(f"'{entries[0].rollout}' is no rollout; name one as `lockgate status` shows it")
     try:
         return Policy.model_validate(entries[0].body["policy"])
     except ValidationError as exc:

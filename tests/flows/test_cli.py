@@ -12,6 +12,7 @@ import pytest
 from flows import cli
 from flows.settings import read_settings
 from flows.wiring import ledger
+from policies import monitor
 
 
 @pytest.fixture
@@ -70,6 +71,21 @@ def test_an_empty_digest_lifts_nothing(
     assert book.quarantined("3f9a") == "too many errors"
     assert lockgate(monkeypatch, "quarantine", "lift", "3f", "--reason", "x") == 0
     assert book.quarantined("3f9a") is None
+
+
+@pytest.mark.parametrize(
+    "command", [("explain", "monitor/m"), ("explain", "quarantine/3f9a"), ("audit", "replay", "quarantine/3f9a")]
+)
+def test_what_is_in_the_ledger_and_no_rollout_is_wrong_usage(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    book = ledger(read_settings())
+    book.quarantine("3f9a", "too many errors", "r1")
+    book.append("monitor/m", 1, 1.0, "monitor", monitor.LOOKED, {"says": "all is well"})
+    assert lockgate(monkeypatch, *command) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"lockgate: '{command[-1]}' is no rollout")
+    assert told.count("\n") == 1
 
 
 def test_what_nobody_foresaw_is_told_at_the_end_and_is_no_refusal(
