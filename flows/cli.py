@@ -202,12 +202,14 @@ def watch(model: Model, as_json: Json = False) -> None:
     """Follow the model's rollout until it ends (the last one, if none is under way)."""
     from flows.live import LiveView
     from flows.overview import newest
+    from flows.story import state_of
     from flows.wiring import ledger
 
     book = ledger(read_settings())
     name = newest(book, model)
     if name is None:
         raise NotThere(f"the ledger has no rollout of model '{model}'")
+    state_of(book, name)  # one that cannot be read is not followed
     if as_json:
         for entry in book.read(name):
             _print(asdict(entry))

@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 from flows.settings import Settings
-from flows.story import fold, label_of
+from flows.story import Unreadable, fold, label_of
 from flows.wiring import Addresses, connect, located
 from policies.rollout import OUTCOMES
 from policies.traffic import Route
@@ -47,7 +47,11 @@ def _model(ports: Ports, model: str, route: Route | None, addresses: Addresses) 
     name = newest(ports.ledger, model)
     entries = ports.ledger.read(name) if name else []
     run = entries[0].body.get("flow_run") if entries else None
-    state = fold(entries)
+    state, why = None, None
+    try:
+        state = fold(entries)
+    except Unreadable as exc:
+        why = str(exc)
     return {
         "model": model,
         "champion": _alias(ports, model, "champion"),
@@ -56,7 +60,7 @@ def _model(ports: Ports, model: str, route: Route | None, addresses: Addresses) 
         "rollout": name,
         "candidate": state.candidate if state else None,
         "state": label_of(state) if state else None,
-        "reason": state.reason if state else None,
+        "reason": state.reason if state else why,
         "verdict": OUTCOMES[state.phase] if state and state.ended else str(state.verdict) if state else None,
         "links": {"MLflow": f"{addresses.mlflow}/#/models/{quote(model)}"}
         | ({"Prefect": f"{addresses.prefect}/runs/flow-run/{run}"} if run else {}),

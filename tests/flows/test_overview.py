@@ -11,7 +11,7 @@ from flows.orders import order
 from flows.settings import Settings
 from flows.wiring import Addresses
 from tasks.ports import Entry
-from tests.stories.world import MODEL, World
+from tests.stories.world import MODEL, World, of_tomorrow
 
 
 def seen(world: World, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
@@ -39,6 +39,16 @@ def test_of_each_model_the_newest_rollout_is_read_and_no_other(monkeypatch: pyte
     assert {name: model["rollout"] for name, model in models.items()} == {MODEL: "r6", "other": "r4", "third": "r5"}
     assert models["other"]["links"]["Prefect"].endswith("/run of r4")
     assert set(read) == {"r4", "r5", "r6"}
+
+
+def test_a_rollout_that_cannot_be_read_is_said_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.drive()
+    of_tomorrow(world, "r2", "other")
+    models = seen(world, monkeypatch)
+    assert models[MODEL]["state"] == "promoted"
+    assert models["other"]["state"] is None
+    assert models["other"]["reason"].startswith("rollout r2 cannot be read")
 
 
 def test_a_paused_rollout_is_called_paused_beside_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
