@@ -362,11 +362,15 @@ def _carry_out(
     """Everything that follows from the look; returns what could not be done. What may work later is left to the next
     look, everything again: each part is done once however often it is tried. Only the way back, which a rollout may
     keep waiting for days, is owed by itself: `last` is the look, or says that the rest was done.
+    What should have acted, and is too late for it, is not said to be done: the next look begins the alarm anew.
     """
     body = entry.body
     key, model, version = f"{book(subject.model)}:{entry.number}", subject.model, body["seen"]["version"]
     payload = {**{name: body[name] for name in ("verdict", "says")}, **body["steps"], "entry": entry.number}
-    events = ["looked", *body["steps"]["began"], *(f"{kind}.ended" for kind in body["steps"]["ended"])]
+    late = ports.clock.now() - entry.at > _LATE * subject.rules.every
+    anew = late and _is_of(subject, entry) and (body["steps"]["rollback"] or body["steps"]["retrain"])
+    began = [] if anew else body["steps"]["began"]
+    events = ["looked", *began, *(f"{kind}.ended" for kind in body["steps"]["ended"])]
 
     def keep_it() -> None:
         seen, reports = rules_of.seen_from(body["seen"]), reports_in(body)
@@ -391,7 +395,7 @@ def _carry_out(
     jobs: dict[str, Callable[[], object]] = {
         name: partial(run, tasks.tell, more.herald, notice(name), name=name) for name in events
     }
-    fresh = _is_of(subject, entry) and ports.clock.now() - entry.at <= _LATE * subject.rules.every
+    fresh = _is_of(subject, entry) and not late
     if fresh and body["steps"]["rollback"]:
         reason = f"monitor: {body['says']}"
         jobs = {"rollback": partial(_take_back, ports, model, version, reason, run), **jobs}
@@ -402,7 +406,7 @@ def _carry_out(
         jobs = {name: job for name, job in jobs.items() if name == "rollback"}
     errors, later = _try_all(jobs)
     owed = later.keys() == {"rollback"}
-    if jobs and (not later or (owed and last is entry)):
+    if jobs and not anew and (not later or (owed and last is entry)):
         _write_told(ports, entry, last, {"errors": errors | later, "owed": owed})
     return errors | later
 

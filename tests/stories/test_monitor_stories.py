@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import flows.monitor
 from flows.monitor import Asked, book, monitor_with
 from flows.orders import abort
 from flows.record import replay
@@ -17,7 +18,7 @@ from tasks.monitor import show
 from tasks.ports import Bundle, ContractBreach, ContractResult, Deployment, ModelVersion, NotThere, Refused
 from tasks.ports_monitor import MonitorPorts
 from tests.fakes.monitor import FakeComparer, FakeHerald, FakeWindows
-from tests.stories.world import MODEL, POLICY, World, directly
+from tests.stories.world import MODEL, POLICY, Died, World, directly
 
 HOUR = 3600.0
 ACTING = "monitor: {data: live.yaml, quality: {margin: 0.05}, retrain: {deployment: train/it}, rollback_on: [data]}\n"
@@ -58,6 +59,16 @@ class Watched(World):
         found = monitor_with(self.ports, self.more, Asked(**request), run)
         self.clock.sleep(wait_s)
         return found
+
+    def look_and_die(self) -> None:
+        """The process dies once the look is on the ledger, before anything follows from it."""
+
+        def dies(*_: object) -> None:
+            raise Died
+
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(Died):
+            patched.setattr(flows.monitor, "_carry_out", dies)
+            self.look()
 
     @property
     def serving(self) -> str | None:
@@ -310,6 +321,26 @@ def test_a_beginning_that_nobody_was_told_of_for_a_whole_period_begins_anew() ->
     world.look()
     assert world.herald.started
     assert "drift" in world.events
+
+
+def test_what_a_process_died_before_is_done_by_the_next_look_however_late_if_the_alarm_stands_still() -> None:
+    world = with_wrong_data(POLICY + ACTING.replace("[data]", "[data, drift]"))
+    world.comparer.distance = 0.4
+    world.look_and_die()
+    world.clock.sleep(3 * HOUR)
+    (look,) = world.look()
+    assert (look["version"], look["began"], look["errors"]) == ("3", ["data", "drift"], {})
+    assert (world.serving, world.herald.started) == ("2", ["train/it"])
+    assert world.events == ["looked", "looked", "data", "drift"]
+
+
+def test_what_a_process_died_before_is_not_done_once_the_alarm_is_over() -> None:
+    world = with_wrong_data()
+    world.look_and_die()
+    world.contract.breaches = ()
+    world.clock.sleep(3 * HOUR)
+    (look,) = world.look()
+    assert (look["standing"], world.serving, world.events) == ([], "3", ["looked", "looked"])
 
 
 def test_a_retraining_that_does_not_exist_is_said_and_not_tried_for_ever() -> None:
