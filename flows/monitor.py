@@ -196,15 +196,37 @@ def _is_of(subject: Subject, look: Entry) -> bool:
 
 
 def _standing(ports: Ports, subject: Subject) -> tuple[set[str], set[str], bool]:
-    """The alarms that stand; those of them whose beginning has not been acted on; whether a way back is owed to one."""
-    found = _newest(ports, subject)
+    """The alarms that stand; those of them whose beginning has not been acted on; whether a way back is owed to one.
+
+    An alarm that stood before another version came stands on: it is not that one's doing. What should have acted on it
+    is not owed to that one either.
+    """
+    found = _last(ports, subject.model)
     if found is None:
         return set(), set(), False
     look, last = found
     steps = look.body["steps"]
+    if not _is_of(subject, look):
+        gone = not subject.went_back and _was_taken_back(ports, look)
+        return set() if gone else set(steps["standing"]), set(), False
     if last is look:
         return set(steps["standing"]), set(steps["began"]), steps["rollback"]
     return set(steps["standing"]), set(), last.body.get("owed", False)
+
+
+def _was_taken_back(ports: Ports, look: Entry) -> bool:
+    """Whether the version that was looked at has been taken back since: its alarms went with it."""
+    seen = look.body["seen"]
+    for name in ports.ledger.rollouts(seen["model"]):
+        entries = ports.ledger.read(name)
+        state = fold(entries)
+        if state is None or not state.ended:
+            continue
+        if state.since < look.at:
+            return False
+        if state.phase is Phase.PROMOTED and entries[0].body.get("back_from") == seen["version"]:
+            return True
+    return False
 
 
 # ---------------------------------------------------------------- a look

@@ -362,7 +362,7 @@ def steps(
     went_back: bool,
     unacted: Collection[str] = (),
 ) -> Steps:
-    """What follows from the reports, where these alarms stood after the look before at the same version.
+    """What follows from the reports, where these alarms stood after the look before, also at another version.
 
     An alarm ends when all its gates pass or none is asked any more, not when nobody could look. Only its beginning
     acts, if need be later: of those that stand, `unacted` are those whose beginning has not been acted on. A way back

@@ -60,15 +60,23 @@ class Watched(World):
         self.clock.sleep(wait_s)
         return found
 
+    def promote(self, version: str) -> None:
+        """Over what serves."""
+        self.stable = self.serving
+        self.target.store.add(f"digest-{version}")
+        assert str(self.controller(self.request(f"r{version}", version)).drive().phase) == "promoted"
+        self.clock.sleep(HOUR)
+
     def look_and_die(self) -> None:
         """The process dies once the look is on the ledger, before anything follows from it."""
 
         def dies(*_: object) -> None:
             raise Died
 
-        with pytest.MonkeyPatch.context() as patched, pytest.raises(Died):
+        with pytest.MonkeyPatch.context() as patched:
             patched.setattr(flows.monitor, "_carry_out", dies)
-            self.look()
+            with pytest.raises(Died):
+                self.look()
 
     @property
     def serving(self) -> str | None:
@@ -260,6 +268,52 @@ def test_a_way_back_that_somebody_stopped_is_not_tried_again(passes: int) -> Non
     world.look(wait_s=60.0)
     world.look()
     assert world.serving == "3"
+
+
+def test_what_stood_before_a_version_came_is_no_reason_to_take_it_back() -> None:
+    world = Watched(POLICY + ACTING.replace("[data]", "[data, drift]"))
+    breach = (ContractBreach("expect_column_values_to_not_be_null", "age", "9 of 100"),)
+    world.contract.breaches, world.comparer.distance = breach, 0.4
+    (look,) = world.look()
+    assert "no former version to go back to" in look["errors"]["rollback"]
+    world.promote("3")
+    for _ in range(2):
+        (look,) = world.look()
+        assert (look["version"], look["standing"], look["began"]) == ("3", ["data", "drift"], [])
+    assert (world.serving, world.herald.started) == ("3", ["train/it"])
+    world.contract.breaches = ()
+    world.look()
+    assert world.events[-2:] == ["looked", "data.ended"]
+    world.contract.breaches = breach
+    world.look()
+    assert world.serving == "2", "what begins later is another matter"
+
+
+def test_an_alarm_that_another_version_ended_is_told_to_be_over() -> None:
+    world = Watched()
+    world.comparer.distance = 0.4
+    world.look()
+    world.promote("3")
+    world.comparer.distance = 0.01
+    world.look()
+    assert world.events == ["looked", "drift", "looked", "drift.ended"]
+
+
+def test_an_alarm_that_ended_with_its_version_s_way_back_is_told_to_be_over() -> None:
+    world = with_wrong_data()
+    world.look()
+    world.contract.breaches = ()
+    (look,) = world.look()
+    assert (look["version"], world.events) == ("2", ["looked", "data", "looked", "data.ended"])
+
+
+def test_the_next_version_answers_for_itself_where_the_one_before_was_taken_back() -> None:
+    world = with_wrong_data()
+    world.look(wait_s=60.0)
+    assert world.serving == "2"
+    world.promote("4")
+    (look,) = world.look()
+    assert (look["version"], look["began"], look["errors"], world.serving) == ("4", ["data"], {}, "2")
 
 
 def test_what_a_late_rollback_brought_back_is_what_is_looked_at() -> None:
