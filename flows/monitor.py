@@ -275,7 +275,7 @@ def gather(
         metric = rules.quality.metric if rules.quality else "brier"
         seen = replace(seen, estimate=rules_of.estimate(metric, window.predictions, window.known))
         with _noted(seen, "drift"):
-            seen = replace(seen, groups=_groups(more, rules, window, run))
+            seen = replace(seen, groups=_groups(more, rules, window, seen, run))
         with _noted(seen, "data"):
             if rules.data is not None:
                 suite = subject.folder / rules.data
@@ -305,8 +305,10 @@ def _chosen(policy: Policy) -> Chosen:
     return Chosen(policy.prediction.output, policy.prediction.column, policy.checks.label)
 
 
-def _groups(more: MonitorPorts, rules: Monitor, window: Window, run: Runner) -> tuple[Any, ...]:
-    """The comparisons: the predictions, the inputs that are numbers, and those that are text."""
+def _groups(more: MonitorPorts, rules: Monitor, window: Window, seen: Seen, run: Runner) -> tuple[Any, ...]:
+    """The comparisons: the predictions, the inputs that are numbers, and those that are text. One that cannot be made
+    is written down under its own name: it takes none of the others with it.
+    """
     gate = rules.drift
     if gate is None:
         return ()
@@ -321,11 +323,15 @@ def _groups(more: MonitorPorts, rules: Monitor, window: Window, run: Runner) -> 
         ("categories", tuple(name for name in window.texts if name in wanted), "jensenshannon"),
     )
     needed = rules_of.permutations(rules)
-    return tuple(
-        run(tasks.compare, more.comparer, window, name, columns, method, needed, name=f"compare {name}")
-        for name, columns, method in plan
-        if columns
-    )
+    found = []
+    for name, columns, method in plan:
+        if columns:
+            with _noted(seen, name):
+                compared = run(
+                    tasks.compare, more.comparer, window, name, columns, method, needed, name=f"compare {name}"
+                )
+                found.append(compared)
+    return tuple(found)
 
 
 # ---------------------------------------------------------------- what follows

@@ -43,6 +43,7 @@ KINDS: Mapping[str, str] = {
     "data": "data",
     "quality": "quality",
 }
+_GROUPS = ("predictions", "inputs", "categories")
 _DRIFT_TESTS = 4
 LOOKED, TOLD = "monitored", "told"  # the ledger's entries: a look, and that everybody who should know was told
 
@@ -77,8 +78,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one look brought back, JSON-able. `problems` and `lacking` say by source (`rows`, `drift`, `data`, `labels`)
-    what could not be read, and what is not there yet. `reference` names the rows that were compared with."""
+    """What one look brought back, JSON-able. `problems` and `lacking` say by source (`rows`, `drift` or one group's
+    name, `data`, `labels`) what could not be read, and what is not there yet. `reference` names the rows that were
+    compared with."""
 
     model: str
     version: str
@@ -184,7 +186,8 @@ def _fault(seen: Seen, gate: str, *sources: str) -> GateReport | None:
 
 def _drift(rules: Monitor, gate: LiveDrift, seen: Seen) -> list[GateReport]:
     fault = _fault(seen, "drift", "rows", "drift")
-    if fault is None and not seen.groups:
+    lost = [each for name in _GROUPS if (each := _fault(seen, name, name))]
+    if fault is None and not seen.groups and not lost:
         fault = _nothing("drift")
     if fault is None:
         drifts = [each for group in seen.groups for each in (group.whole, *group.halves)]
@@ -192,8 +195,11 @@ def _drift(rules: Monitor, gate: LiveDrift, seen: Seen) -> list[GateReport]:
         fault = GateReport("drift", Verdict.ERROR, f"the comparison's {wrong}") if wrong else None
     if fault is not None:
         return [replace(fault, gate=gate) for gate in ("predictions", "inputs")]
-    share = alpha(rules)
-    return [*(_compared(rules, gate, group, seen) for group in seen.groups), _missing(gate, seen, share)]
+    compared = [_compared(rules, gate, group, seen) for group in seen.groups]
+    missing = [_missing(gate, seen, alpha(rules))] if seen.groups else []
+    if lost:  # where some columns were not looked at, nobody knows that none misses values
+        missing = [each if each.verdict is Verdict.FAIL else replace(lost[0], gate=each.gate) for each in missing]
+    return [*lost, *compared, *missing]
 
 
 def _few(gate: LiveDrift, group: Group) -> str:

@@ -1,7 +1,8 @@
 """Fakes of what `monitor` needs beside a delivery's ports.
 
 `FakeWindows` gives `rows` rows of each period (none: NotThere), `FakeComparer` says that every group is `distance`
-away, `FakeHerald` keeps what it was told, each key once. `down` makes a fake raise PortError.
+away (a `broken` column cannot be compared), `FakeHerald` keeps what it was told, each key once. `down` makes a fake
+raise PortError.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from policies.evidence import ColumnDrift, Drift, Sums
-from tasks.ports import Bundle, ModelVersion, NotThere, PortError
+from tasks.ports import BadInput, Bundle, ModelVersion, NotThere, PortError
 from tasks.ports_monitor import Chosen, Notice, Window
 
 
@@ -49,6 +50,7 @@ class FakeComparer:
     def __init__(self) -> None:
         self.distance = 0.01
         self.down = False
+        self.broken = ""  # a column that cannot be compared
         self.asked: list[tuple[tuple[str, ...], str, int]] = []
         self.snapshots: list[str] = []
 
@@ -57,6 +59,8 @@ class FakeComparer:
     ) -> tuple[Drift, Drift, Drift]:
         if self.down:
             raise PortError("the drift worker ended (by the test)")
+        if self.broken in columns:
+            raise BadInput(f"'{self.broken}' has no value to compare (by the test)")
         self.asked.append((tuple(columns), method, permutations))
         p = 1 / (permutations + 1) if self.distance > 0.05 else 0.6
         high, error = self.distance * 1.2, self.distance * 0.05

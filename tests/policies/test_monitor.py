@@ -152,6 +152,19 @@ def test_a_comparison_that_cannot_be_is_an_error(name: str, value: float) -> Non
     assert found is Verdict.ERROR or (name in ("statistic", "high") and value == 7.0)
 
 
+def test_a_group_that_could_not_be_compared_hides_no_other_s_alarm_and_gives_no_all_clear() -> None:
+    """`missing` is of all groups: it passes only where all could be looked at."""
+    for rows, lost in ((seen(1e-9, 1e-9), {"inputs": Verdict.FAIL}), (seen(1.0, 1.0, distance=0.01), {})):
+        for where, word in (("problems", Verdict.ERROR), ("lacking", Verdict.HOLD)):
+            reports = monitor.judge(Monitor(), replace(rows, **{where: {"categories": "no such column"}}))
+            expected = {"categories": word, "inputs": Verdict.PASS, "missing": word} | lost
+            assert {report.gate: report.verdict for report in reports} == expected
+            steps = monitor.steps(Monitor(), reports, ("drift",), owed=False, went_back=False)
+            assert (steps.standing, steps.ended) == (("drift",), ())
+    reports = monitor.judge(Monitor(), replace(seen(1.0, 1.0), groups=(), problems={"inputs": "no such column"}))
+    assert [(report.gate, report.verdict) for report in reports] == [("inputs", Verdict.ERROR)]
+
+
 def test_missing_values_are_an_alarm_of_their_own_whether_there_are_more_or_fewer() -> None:
     for lost, reference in ((0.3, 0.0), (0.0, 0.3)):
         column = ColumnDrift("age", "wasserstein", 0.0, 1.0, reference, lost, 0.0)

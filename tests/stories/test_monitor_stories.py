@@ -343,6 +343,19 @@ def test_what_cannot_be_looked_at_is_neither_an_alarm_nor_an_all_clear(what: str
     assert world.look()[0]["verdict"] == "pass"
 
 
+@pytest.mark.parametrize("column", ["prediction", "age", "origin"])
+def test_columns_that_cannot_be_compared_are_said_and_hide_no_drift_of_others(column: str) -> None:
+    world = Watched(POLICY + ACTING)
+    world.comparer.broken = column
+    (look,) = world.look()
+    assert (look["verdict"], look["standing"]) == ("error", [])
+    assert f"'{column}' has no value to compare" in look["says"]
+    world.comparer.distance = 0.4
+    (look,) = world.look()
+    assert (look["verdict"], look["began"], world.herald.started) == ("fail", ["drift"], ["train/it"])
+    assert replay(world.ledger.read(book(MODEL))) == (2, [])
+
+
 def test_an_alarm_stands_while_nobody_can_look() -> None:
     world = Watched()
     world.comparer.distance = 0.4
