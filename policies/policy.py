@@ -75,6 +75,22 @@ Copies = Annotated[
     Field(gt=0, le=1, allow_inf_nan=False, json_schema_extra={"minimum": 0.01}),
     AfterValidator(_in_percent),
 ]
+
+
+def _in_milliseconds(slo_ms: float, info: ValidationInfo) -> float:
+    if slo_ms < 1.0 and _is_new(info):
+        raise ValueError(
+            f"{slo_ms:g} is less than a millisecond, in which the gateway counts (20 is 20 ms); choose 1 at least, or"
+            " the gate could never fail"
+        )
+    return slo_ms
+
+
+Slow = Annotated[
+    float,
+    Field(gt=0, allow_inf_nan=False, json_schema_extra={"minimum": 1}),
+    AfterValidator(_in_milliseconds),
+]
 Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -226,7 +242,7 @@ class Errors(_Strict):
 class Latency(_Strict):
     """Are more requests slower than the SLO?"""
 
-    slo_ms: Positive
+    slo_ms: Slow
     margin: Tolerated = Field(
         0.01, description="Tolerated difference of the shares beyond `slo_ms`, or a ratio: 2x is twice, and `floor`."
     )
@@ -329,6 +345,16 @@ class RolloutPolicy(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _countable(self, info: ValidationInfo) -> RolloutPolicy:
+        most = self.stages[0].length_s + self.patience
+        if self.burn_in >= most and _is_new(info):
+            raise ValueError(
+                f"burn_in ({self.burn_in:g}s) leaves the first stage no evidence: with `patience` it ends after"
+                f" {most:g}s; choose a shorter one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _exceedable(self, info: ValidationInfo) -> RolloutPolicy:
         """Requests are timed by a histogram: none is counted beyond a latency that only its edges after the time-out
         tell apart."""
@@ -402,6 +428,22 @@ class Monitor(_Strict):
     rollback_on: tuple[Literal["drift", "data", "quality"], ...] = Field(
         (), description="Alarms that bring the former version back; the world's drift is no reason for that by itself."
     )
+
+    @model_validator(mode="after")
+    def _asked(self, info: ValidationInfo) -> Monitor:
+        if not _is_new(info):
+            return self
+        mended = {"drift": "take `drift: null` away", "data": "add `data: FILE`", "quality": "add `quality: {}`"}
+        absent = [name for name in mended if getattr(self, name) is None]
+        for name in self.rollback_on:
+            if name in absent:
+                raise ValueError(f"rollback_on names '{name}', and nobody asks for it: {mended[name]}")
+        if self.retrain is not None and {"drift", "quality"} <= {*absent}:
+            raise ValueError(
+                f"retrain starts with an alarm of drift or quality, and nobody asks for either: {mended['drift']}, or"
+                f" {mended['quality']}"
+            )
+        return self
 
 
 class Approvals(_Strict):

@@ -65,6 +65,25 @@ def test_an_unknown_key_with_nothing_near_lists_what_is_known() -> None:
         ("rollout:", GATES + "{latency: {slo_ms: 14900}}", "choose 14719 at most, or a longer time-out"),
         ("rollout:", GATES + "{latency: {slo_ms: 90}}\n  timeout: 80ms", "a request is answered within 0.08s"),
         ("rollout:", GATES + "{latency: {slo_ms: 36000}}\n  timeout: 30s", "choose 29053 at most"),
+        (
+            "rollout:",
+            GATES + "{latency: {slo_ms: 0.02}}",
+            "0.02 is less than a millisecond, in which the",
+        ),
+        ("rollout:", "rollout:\n  burn_in: 12m", "burn_in (720s) leaves the first stage no evidence"),
+        ("rollout:", "rollout:\n  burn_in: 2m\n  patience: 0s", "with `patience` it ends after 120s"),
+        (
+            "rollout:",
+            "monitor: {rollback_on: [quality]}\nrollout:",
+            "names 'quality', and nobody asks for it: add",
+        ),
+        ("rollout:", "monitor: {rollback_on: [data]}\nrollout:", "add `data: FILE`"),
+        ("rollout:", "monitor: {drift: null, rollback_on: [drift]}\nrollout:", "take `drift: null` away"),
+        (
+            "rollout:",
+            "monitor: {drift: null, data: live.yaml, retrain: {deployment: train/it}}\nrollout:",
+            "retrain starts with an alarm of drift or quality, and nobody asks for either: take `drift: null` away, or",
+        ),
     ],
 )
 def test_an_impossible_value_is_told_with_its_line(old: str, new: str, words: str) -> None:
@@ -84,6 +103,27 @@ def test_an_impossible_value_is_told_with_its_line(old: str, new: str, words: st
 )
 def test_the_largest_value_that_can_be_met_is_accepted(gates: str) -> None:
     parse(SOUND.replace("rollout:", GATES + gates))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        GATES + "{latency: {slo_ms: 1}}",
+        "rollout:\n  burn_in: 719s",
+        "rollout:\n  burn_in: 119s\n  patience: 0s",
+        "monitor: {rollback_on: [drift], retrain: {deployment: train/it}}\nrollout:",
+        "monitor: {drift: null, quality: {}, rollback_on: [quality], retrain: {deployment: train/it}}\nrollout:",
+    ],
+)
+def test_the_least_that_can_be_met_is_accepted(more: str) -> None:
+    parse(SOUND.replace("rollout:", more))
+
+
+def test_a_policy_of_an_older_ledger_can_be_read_whatever_a_new_one_is_refused_for() -> None:
+    kept = parse(SOUND).model_dump(mode="json", by_alias=True)
+    kept["rollout"] |= {"burn_in": "1h", "patience": "0s", "gates": {"latency": {"slo_ms": 0.02}}}
+    kept["monitor"] = {"drift": None, "rollback_on": ["drift", "data"], "retrain": {"deployment": "train/it"}}
+    assert Policy.model_validate(kept).rollout.gates.latency.slo_ms == 0.02  # type: ignore[union-attr]
 
 
 def test_a_key_given_twice_is_refused_instead_of_silently_keeping_the_last() -> None:
@@ -140,6 +180,7 @@ def test_the_schema_tells_the_rules_that_are_for_new_policies_only() -> None:
     assert kinds["Shadow"]["properties"]["share"]["minimum"] == 0.01
     assert kinds["Watch"]["properties"]["shadow"]["minimum"] == 0.01
     assert kinds["LiveDrift"]["properties"]["rows_min"]["maximum"] == 8000
+    assert kinds["Latency"]["properties"]["slo_ms"]["minimum"] == 1
 
 
 @pytest.mark.parametrize("file", sorted(LIBRARY.glob("*.yaml")), ids=lambda file: file.name)
@@ -154,7 +195,8 @@ def test_every_ready_made_policy_is_sound_and_names_files_that_are_there(file: P
 
 
 def test_what_monitor_is_told_is_checked_like_the_rest() -> None:
-    made = parse(SOUND + "monitor: {every: 1d, rollback_on: [quality], retrain: {deployment: train/flights}}\n").monitor
+    asked = "{every: 1d, quality: {}, rollback_on: [quality], retrain: {deployment: train/flights}}"
+    made = parse(SOUND + f"monitor: {asked}\n").monitor
     assert (made.every, made.rollback_on, made.false_alarms_per_year) == (86400.0, ("quality",), 0.1)
     assert "'monitor.every'" in refused(SOUND + "monitor: {every: 10s}\n")
     assert "did you mean 'rollback_on'?" in refused(SOUND + "monitor: {rolback_on: [drift]}\n")
