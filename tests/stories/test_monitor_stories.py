@@ -18,7 +18,7 @@ from tasks.monitor import show
 from tasks.ports import Bundle, ContractBreach, ContractResult, Deployment, ModelVersion, NotThere, Refused
 from tasks.ports_monitor import MonitorPorts
 from tests.fakes.monitor import FakeComparer, FakeHerald, FakeWindows
-from tests.stories.world import MODEL, POLICY, Died, World, directly
+from tests.stories.world import MODEL, POLICY, Died, World, directly, of_tomorrow
 
 HOUR = 3600.0
 ACTING = "monitor: {data: live.yaml, quality: {margin: 0.05}, retrain: {deployment: train/it}, rollback_on: [data]}\n"
@@ -433,6 +433,12 @@ def test_a_model_that_nobody_serves_is_not_there_and_others_are_looked_at_all_th
     with pytest.raises(NotThere, match="no version of 'other' serves"):
         world.look(model="other")
     assert len(world.look()) == 1
+
+
+def test_a_rollout_that_cannot_be_read_keeps_nobody_from_looking() -> None:
+    world = Watched()
+    of_tomorrow(world, "r8", MODEL)
+    assert world.look()[0]["verdict"] == "pass"
 
 
 def test_without_a_ledger_nothing_is_said() -> None:
