@@ -80,7 +80,7 @@ def picture(followed: Followed) -> RenderableType:
         return Text("waiting for the rollout to begin", style="dim")
     head = Text.assemble(
         (f"{state.model} v{state.candidate}", "bold"),
-        f"  {state.label}  ",
+        f"  {label_of(state)}  ",
         (f"{followed.at - followed.began:.0f} s", "dim"),
     )
     traffic = Table.grid(padding=(0, 1))
@@ -179,4 +179,4 @@ class LiveView:
         words = ", ".join(f"{report.gate} {report.verdict}" for report in followed.reports)
         below = self.below() if self.below else ""
         extra = f"; {below}" if below else ""
-        self.say(f"            {state.label}, {traffic[0]} % on v{state.candidate}; {words or 'checking'}{extra}")
+        self.say(f"            {label_of(state)}, {traffic[0]} % on v{state.candidate}; {words or 'checking'}{extra}")
