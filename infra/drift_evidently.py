@@ -2,9 +2,9 @@
 
 Evidently takes 5 to 15 s to import and 300 MB, so its only importer is a worker process that this adapter starts when
 it is first needed (`warm` starts it earlier), and ends with `close`. Evidently gives the distance; what that distance
-would be by chance comes from a permutation test of the pooled rows, since Evidently's own default tests raise an alarm
-on equal windows too often or see too little, depending on the number of rows. Missing values, which Evidently drops
-silently, are counted beside it.
+would be by chance comes from a permutation test of the pooled requests (the rows of one resemble each other), since
+Evidently's own default tests raise an alarm on equal windows too often or see too little, depending on the number of
+rows. Missing values, which Evidently drops silently, are counted beside it.
 
 A text column is compared as categories, for which `psi`, `jensenshannon` and `hellinger` are defined.
 """
@@ -58,7 +58,8 @@ class EvidentlyDrift:
         self, permutations: int = 1999, rows_max: int | None = None, wait_s: float = 2.0, timeout_s: float = 60.0
     ) -> None:
         """`rows_max` of each window are compared (by default as many as `policies.evidence.rows_max` says), evenly
-        thinned; one comparison may take `timeout_s` at most, and those that were asked for before it as long each."""
+        thinned by whole requests; one comparison may take `timeout_s` at most, and those that were asked for before it
+        as long each."""
         self._permutations = permutations
         self._rows_max = rows_max
         self._wait_s = wait_s
@@ -97,6 +98,7 @@ class EvidentlyDrift:
 
         With `of`, the name of what is compared, a call waits `wait_s` at most: it raises NotThere while the comparison
         is under way, and the next call with the same `of` brings its result. Without, it waits until it is done.
+        Rows with a `request_id` and `time` in common are one request's; without those columns each is its own.
         Rows whose `status` is an HTTP error are left out, where the tables have that column.
         Raises BadInput for a column or method that cannot be compared, NotThere for a window without rows, PortError
         when there is nothing but missing values to compare, or the worker fails.
@@ -245,9 +247,25 @@ def _window(
         raise BadInput(f"the {owner} rows have no column '{missing[0]}'; they have {', '.join(table.column_names)}")
     if table.num_rows < smallest:
         raise NotThere(f"the {owner} window has {table.num_rows} rows")
+    requests = _requests(table)
     if table.num_rows > rows_max:
-        table = table.take(np.linspace(0, table.num_rows - 1, rows_max).astype(np.int64))
-    return Columns({name: _array(table[name], name, method) for name in columns}, table.num_rows)
+        count = int(requests.max()) + 1
+        kept = np.linspace(0, count - 1, max(count * rows_max // table.num_rows, 1)).astype(np.int64)
+        rows = np.flatnonzero(np.isin(requests, kept))
+        if len(rows) > rows_max:  # the requests' sizes differ
+            rows = rows[np.linspace(0, len(rows) - 1, rows_max).astype(np.int64)]
+        table, requests = table.take(rows), np.unique(requests[rows], return_inverse=True)[1]
+    values = {name: _array(table[name], name, method) for name in columns}
+    own = int(requests.max()) + 1 == table.num_rows
+    return Columns(values, table.num_rows, None if own else requests)
+
+
+def _requests(table: pa.Table) -> NDArray[np.int64]:
+    """Which request each row is of, by number."""
+    from infra.samples_arrow import requests_of
+
+    known = {"request_id", "time"} <= set(table.column_names)
+    return requests_of(table) if known else np.arange(table.num_rows)
 
 
 def _array(column: pa.ChunkedArray, name: str, method: str) -> NDArray[Any]:

@@ -1,7 +1,8 @@
 """How much of the distance between two windows is chance: their rows shuffled (a permutation test), and drawn anew.
 
 The rows of both windows stand in one array; a window is how often each of them counts. A column's `Measure` is its
-distance between two such windows.
+distance between two such windows. Rows of one request resemble each other, so whole requests are shuffled and drawn:
+`of` says which request each row is of, by number, the first window's before the second's; None: each is its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _ENOUGH_LARGER = 10  # permutations with a larger distance after which the p-val
 _SD_LEAST = 0.001  # what Evidently divides the distance by at least
 
 Counted = NDArray[np.int64]
+Requests = NDArray[np.int64]
 Distance = Callable[[NDArray[Any], NDArray[Any]], float]
 Measure = Callable[[Counted, Counted], float]
 
@@ -69,24 +71,35 @@ def _dot(first: NDArray[Any], second: NDArray[Any]) -> float:
     return float(np.einsum("i,i", first, second))
 
 
-def windows(first: int, second: int) -> tuple[Counted, Counted]:
-    """Both windows as they are: each row once."""
-    ours = (np.arange(first + second) < first).astype(np.int64)
+def windows(first: int, second: int, of: Requests | None = None) -> tuple[Counted, Counted]:
+    """Both windows as they are, of so many requests: each row once."""
+    ours = _rows((np.arange(first + second) < first).astype(np.int64), of)
     return ours, 1 - ours
 
 
+def _rows(requests: Counted, of: Requests | None) -> Counted:
+    """How often each row counts, where the requests count that often."""
+    return requests if of is None else requests[of]
+
+
 def shuffled(
-    measures: Sequence[Measure], first: int, second: int, permutations: int, generator: np.random.Generator
+    measures: Sequence[Measure],
+    first: int,
+    second: int,
+    permutations: int,
+    generator: np.random.Generator,
+    of: Requests | None = None,
 ) -> tuple[NDArray[np.float64], float]:
-    """The chance of distances as large, did all rows come from one source: per column, and of the largest.
+    """The chance of distances as large, did all requests come from one source: per column, and of the largest.
 
     Stopped early where it is no small one: Besag and Clifford, "Sequential Monte Carlo p-values", Biometrika 1991.
     """
-    seen = np.array([measure(*windows(first, second)) for measure in measures])
+    seen = np.array([measure(*windows(first, second, of)) for measure in measures])
     larger, larger_max, done = np.zeros(len(measures)), 0, 0
     while done < permutations and larger_max < _ENOUGH_LARGER:
-        ours = np.zeros(first + second, dtype=np.int64)
-        ours[generator.permutation(first + second)[:first]] = 1
+        requests = np.zeros(first + second, dtype=np.int64)
+        requests[generator.permutation(first + second)[:first]] = 1
+        ours = _rows(requests, of)
         permuted = np.array([measure(ours, 1 - ours) for measure in measures])
         done += 1
         larger += permuted >= seen
@@ -96,12 +109,12 @@ def shuffled(
 
 
 def drawn(
-    measures: Sequence[Measure], first: int, second: int, generator: np.random.Generator
-) -> NDArray[np.float64]:  # fmt: skip
-    """The distances of `RESAMPLES` pairs of windows, drawn anew from the rows of each; a row per draw."""
+    measures: Sequence[Measure], first: int, second: int, generator: np.random.Generator, of: Requests | None = None
+) -> NDArray[np.float64]:
+    """The distances of `RESAMPLES` pairs of windows, drawn anew from the requests of each; a row per draw."""
     found = []
     for _ in range(RESAMPLES):
         ours = np.bincount(generator.integers(0, first, first), minlength=first + second)
         theirs = np.bincount(first + generator.integers(0, second, second), minlength=first + second)
-        found.append([measure(ours, theirs) for measure in measures])
+        found.append([measure(_rows(ours, of), _rows(theirs, of)) for measure in measures])
     return np.array(found, dtype=float)

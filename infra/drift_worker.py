@@ -24,10 +24,23 @@ _UPPER_SD = 2.33  # the normal quantile of 99 %
 
 @dataclass(frozen=True)
 class Columns:
-    """A window's values by column, as the worker takes them; missing values are NaN or None."""
+    """A window's values by column, as the worker takes them; missing values are NaN or None. `requests` says which
+    request each row is of, by number, from 0 without a gap; None: each row is its own."""
 
     values: Mapping[str, NDArray[Any]]
     rows: int
+    requests: NDArray[np.int64] | None = None
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """How many rows each request has."""
+        return np.ones(self.rows, np.int64) if self.requests is None else np.bincount(self.requests)
+
+    @property
+    def requests_as_equal(self) -> int | None:
+        """How many requests of one size are worth as much (Kish, "Survey sampling", 1965, section 11.7); None where
+        each row is its own."""
+        return None if self.requests is None else int(self.rows**2 / (self.sizes.astype(float) ** 2).sum() + 1e-9)
 
 
 def listen(connection: Connection, questions: SimpleQueue[Any]) -> None:
@@ -61,6 +74,8 @@ def compare(reference: Columns, current: Columns, method: str, permutations: int
     """The comparison itself; see `EvidentlyDrift.compare`. Imports Evidently."""
     generator = np.random.default_rng(seed)
     names = list(reference.values)
+    rows, counts = (reference.rows, current.rows), (len(reference.sizes), len(current.sizes))
+    of = _pooled(reference, current)
     seen, measures = np.zeros(len(names)), []
     for i, name in enumerate(names):
         sides = reference.values[name], current.values[name]
@@ -69,13 +84,12 @@ def compare(reference: Columns, current: Columns, method: str, permutations: int
             raise ValueError(f"column '{name}' has nothing but missing values")
         distance = _distance(method, pooled)
         both = by_repeating(distance, pooled)
-        seen[i] = both(*windows(reference.rows, current.rows))
+        seen[i] = both(*windows(*counts, of))
         if not np.isfinite(seen[i]):
             raise ValueError(f"the {method} distance of column '{name}' is not finite")
         measures.append(wasserstein(pooled) if method == "wasserstein" else both)
-    rows = reference.rows, current.rows
-    p_values, chance = shuffled(measures, *rows, permutations, generator)
-    anew = drawn(measures, *rows, generator)
+    p_values, chance = shuffled(measures, *counts, permutations, generator, of)
+    anew = drawn(measures, *counts, generator, of)
     mean, error = anew.mean(axis=0), anew.std(axis=0, ddof=1)
     # Distances of rows drawn anew are larger than the windows' own by the noise of a second sampling, which makes the
     # limit a safe one: windows a threshold apart were called nearer in 1 to 2 % of the comparisons (500 to 4,000 rows).
@@ -94,7 +108,16 @@ def compare(reference: Columns, current: Columns, method: str, permutations: int
         )
         for i, name in enumerate(names)
     )
-    return Drift(*rows, columns, float(chance), 1.0 / (permutations + 1))
+    worth = reference.requests_as_equal, current.requests_as_equal
+    return Drift(*rows, columns, float(chance), 1.0 / (permutations + 1), *worth)
+
+
+def _pooled(first: Columns, second: Columns) -> NDArray[np.int64] | None:
+    """Which request each row of both windows is of, the first one's before the second's."""
+    if first.requests is None and second.requests is None:
+        return None
+    sides = [np.arange(each.rows) if each.requests is None else each.requests for each in (first, second)]
+    return np.concatenate([sides[0], len(first.sizes) + sides[1]])
 
 
 def _distance(method: str, sample: NDArray[Any]) -> Distance:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra import rows, scores_onnx
 from infra.drift_evidently import EvidentlyDrift
-from infra.samples_arrow import SampledRows
+from infra.samples_arrow import SampledRows, requests_of
 from policies import shifts
 from policies.evidence import Drift
 from policies.policy import Policy
@@ -48,7 +48,7 @@ class ArrowRecordings:
         lots = [zlib.crc32(request.encode()) / 2**32 for request in table["request_id"].to_pylist()]
         at, (predictions, broken) = np.asarray(table["time"], dtype=float), candidate.answers(policy, feeds)
         recording = Recording(at, np.asarray(lots), stable_s, predictions, failed, broken)
-        return recording, self._compare(policy, table, recording, lambda name: f"in.{name}")
+        return recording, self._compare(policy, table, recording, requests_of(table), lambda name: f"in.{name}")
 
     def in_file(
         self, policy: Policy, path: Path, rps: float, stable: Candidate, candidate: Candidate
@@ -63,9 +63,17 @@ class ArrowRecordings:
         )
         lots = np.random.default_rng(1).random(table.num_rows)
         recording = Recording(np.arange(table.num_rows) / rps, lots, first, second, failed, broken)
-        return recording, self._compare(policy, table, recording, lambda name: name)
+        return recording, self._compare(policy, table, recording, np.arange(table.num_rows), lambda name: name)
 
-    def _compare(self, policy: Policy, table: pa.Table, recording: Recording, named: Callable[[str], str]) -> Compare:
+    def _compare(
+        self,
+        policy: Policy,
+        table: pa.Table,
+        recording: Recording,
+        requests: NDArray[np.int64],
+        named: Callable[[str], str],
+    ) -> Compare:
+        """`requests` says which request each row is of, by number, in the order of their first rows."""
         import pyarrow as pa
 
         gate = policy.rollout.gates.drift
@@ -78,13 +86,14 @@ class ArrowRecordings:
 
         def side(answers: NDArray[np.float64], numbers: NDArray[np.int64]) -> pa.Table:
             chosen = {name: table[name].take(pa.array(numbers)) for name in columns if name != rows.PREDICTION}
-            return pa.table({**chosen, rows.PREDICTION: answers[numbers]})
+            keys = {"request_id": requests[numbers], "time": recording.at[numbers]}
+            return pa.table({**keys, **chosen, rows.PREDICTION: answers[numbers]})
 
         def compare(stable: NDArray[np.int64], candidate: NDArray[np.int64]) -> Drift | None:
             newest = [numbers[-shifts.WINDOW_ROWS :] for numbers in (stable, candidate)]
             begun = min((numbers[0] for numbers in newest if len(numbers)), default=0)
             both = [numbers[numbers >= begun] for numbers in (stable, candidate)]
-            chosen = shifts.concurrent(both[0].astype(float), both[1].astype(float))
+            chosen = shifts.together([each.astype(float) for each in both], [requests[each] for each in both])
             first = side(recording.stable, both[0][chosen[0]])
             second = side(recording.candidate, both[1][chosen[1]])
             try:

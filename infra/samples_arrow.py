@@ -6,12 +6,17 @@ A segment is an Arrow IPC file, complete as soon as it has its name; the servers
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.ports import PortError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ROWS_MAX = 50_000
 
@@ -62,6 +67,21 @@ class SampledRows:
         except OSError as exc:
             raise PortError(f"the samples in {folder} cannot be read: {exc.strerror or exc}") from exc
         return [path for _, path in sorted(dated, reverse=True)]
+
+
+def requests_of(table: pa.Table) -> NDArray[np.int64]:
+    """Which request each row is of, by number, in the order of their first rows.
+
+    Clients choose the ids of their requests: an id that stands at two times is of two requests.
+    """
+    import numpy as np
+
+    ids = pc.dictionary_encode(table["request_id"].combine_chunks(), "encode").indices.to_numpy().astype(np.int64)
+    times = np.unique(table["time"].to_numpy(), return_inverse=True)[1]
+    _, first, number = np.unique(ids * (table.num_rows + 1) + times, return_index=True, return_inverse=True)
+    order = np.empty(len(first), np.int64)
+    order[np.argsort(first)] = np.arange(len(first))
+    return np.asarray(order[number], np.int64)
 
 
 def _rows_since(segment: Path, since: float) -> pa.Table | None:

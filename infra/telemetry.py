@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from infra.drift_evidently import EvidentlyDrift
 from infra.outcomes_arrow import LabelledAnswers
-from infra.samples_arrow import SampledRows
+from infra.samples_arrow import SampledRows, requests_of
 from infra.telemetry_envoy import EnvoyCounts
 from policies import shifts
 from policies.evidence import Counts, Drift, Outcomes, Pairs
@@ -96,7 +96,8 @@ class LiveTelemetry:
         for index, version in enumerate(versions):
             if tables[index].num_rows == shifts.WINDOW_ROWS and begun < _first(tables[index]):
                 tables[index] = self._rows(model, version, begun, 10 * shifts.WINDOW_ROWS, _SEGMENTS_MAX)
-        chosen = shifts.concurrent(*(table["time"].to_numpy() for table in tables))
+        times, requests = [table["time"].to_numpy() for table in tables], [requests_of(table) for table in tables]
+        chosen = shifts.together(times, requests)
         return [table.take(pa.array(rows)) for table, rows in zip(tables, chosen, strict=True)]
 
     def _rows(self, model: str, version: str, since: float, *limits: int) -> pa.Table:

@@ -66,6 +66,8 @@ class Drift:
     """Two concurrent windows of sampled rows compared, `rows_*` rows each, by the drift detector.
 
     `p_value_least` is the smallest that the permutation test could have come to: one in so many permutations.
+    `requests_*`: of how many requests the rows are, counted as less where few have most of the rows; None: each row is
+    its own.
     """
 
     rows_stable: int
@@ -73,6 +75,8 @@ class Drift:
     columns: tuple[ColumnDrift, ...]
     p_value_max: float  # of the maximum over the columns under permutation; one number for one decision
     p_value_least: float = 0.0
+    requests_stable: int | None = None
+    requests_candidate: int | None = None
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,8 @@ def of_drift(drift: Drift) -> str:
     """What is wrong with a comparison of windows; nothing if empty."""
     if not (_is_count(drift.rows_stable) and _is_count(drift.rows_candidate)):
         return f"windows have {drift.rows_stable!r} and {drift.rows_candidate!r} rows"
+    if not all(each is None or _is_count(each) for each in (drift.requests_stable, drift.requests_candidate)):
+        return f"windows are of {drift.requests_stable!r} and {drift.requests_candidate!r} requests"
     if not drift.columns:
         return "no column was compared"
     if not (_is_share(drift.p_value_max) and _is_share(drift.p_value_least)):

@@ -28,6 +28,7 @@ EVERY_S = 4.0  # between two comparisons
 WINDOW_ROWS = 22_000  # newest rows of each version; some more than are compared: answers that were errors are left out
 _BINS_MAX, _BIN_ROWS = 100, 40  # bins of time in which windows are made alike, and rows that each should have
 RESAMPLES = 100  # of the windows, from which a detector takes the standard error of a distance
+REQUESTS_MIN = 30  # of each version: rows of fewer say little of the next one, however many they are
 _MISSING_PART = 0.1  # of each look's alpha: that values are missing is seen at once, by an exact test
 MISSING_MARGIN = 0.01  # so many more missing values are tolerated
 _CONFIDENCE = 0.95
@@ -108,6 +109,20 @@ def concurrent(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple
     return chosen[0], chosen[1]
 
 
+def together(
+    times: Sequence[NDArray[np.float64]], requests: Sequence[NDArray[np.int64]]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """`concurrent` by whole requests: by the times of both windows' rows (ascending), and which request each row is of,
+    numbered in the order of their first rows. Else the windows' requests would not be alike."""
+    numbers = [np.unique(each, return_index=True) for each in requests]
+    chosen = concurrent(*(at[first] for at, (_, first) in zip(times, numbers, strict=True)))
+    first, second = (
+        np.flatnonzero(np.isin(each, number[kept]))
+        for each, (number, _), kept in zip(requests, numbers, chosen, strict=True)
+    )
+    return first, second
+
+
 def standard_errors(chance: float) -> float:
     """How many standard errors, known from `RESAMPLES`, a distance exceeds its true value by with that chance."""
     return -float(special.stdtrit(RESAMPLES - 1, chance))
@@ -153,7 +168,7 @@ def look(
 def _take(gate: Drifting, shift: Shift, scene: Scene, drift: Drift) -> Shift:
     """A new comparison. It may raise an alarm if its turn has come, and if it has rows enough."""
     shift = replace(shift, seen=drift)
-    if min(drift.rows_stable, drift.rows_candidate) < gate.rows_min:
+    if min(drift.rows_stable, drift.rows_candidate) < gate.rows_min or min(_requests(drift)) < REQUESTS_MIN:
         return shift
     if not may_alarm(shift.spent, scene.elapsed_s, scene.length_s):
         return shift
@@ -182,17 +197,29 @@ def _alarm(gate: Drifting, scene: Scene, drift: Drift) -> str:
 
 
 def _missing(drift: Drift, scene: Scene) -> ColumnDrift | None:
-    """The column with more missing values in the candidate's rows than chance and the margin allow."""
+    """The column with more missing values in the candidate's rows than chance and the margin allow.
+
+    A request counts as one row: in the worst case either all of its values are missing or none.
+    """
+    stable, candidate = _requests(drift)
     for column in drift.columns:
         if column.missing_candidate < column.missing_stable + MISSING_MARGIN:
             continue
         chance = stats.more_missing(
-            int(drift.rows_candidate), round(column.missing_candidate * drift.rows_candidate),
-            int(drift.rows_stable), round(column.missing_stable * drift.rows_stable),
+            candidate, round(column.missing_candidate * candidate), stable, round(column.missing_stable * stable)
         )  # fmt: skip
         if chance <= _MISSING_PART * scene.alpha_look / len(drift.columns):
             return column
     return None
+
+
+def _requests(drift: Drift) -> tuple[int, int]:
+    """Of how many requests the rows of either version are."""
+    stable, candidate = drift.requests_stable, drift.requests_candidate
+    return (
+        int(drift.rows_stable if stable is None else stable),
+        int(drift.rows_candidate if candidate is None else candidate),
+    )
 
 
 def _report(gate: Drifting, shift: Shift, scene: Scene, drift: Drift) -> GateReport:
@@ -209,6 +236,8 @@ def _report(gate: Drifting, shift: Shift, scene: Scene, drift: Drift) -> GateRep
         says += f"; {shift.alarm}"
     elif rows < gate.rows_min:
         needs = f"{gate.rows_min:,} rows of each version"
+    elif min(_requests(drift)) < REQUESTS_MIN:
+        needs = f"rows of {REQUESTS_MIN} requests of each version"
     elif lost >= MISSING_MARGIN:
         needs = f"{lost:.1%} more values missing than the stable version's to be explained"
     elif high < limit:

@@ -175,3 +175,28 @@ def test_evidentlys_report_is_one_html_file(detector: EvidentlyDrift, tmp_path: 
 def test_importing_the_adapter_does_not_import_evidently() -> None:
     code = "import infra.drift_evidently, sys; sys.exit('evidently' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def batches(requests: int, rows: int, seed: int, shift: float = 0.0) -> pa.Table:
+    """Requests of many rows, which resemble each other; every client sends the same id."""
+    generator = np.random.default_rng(seed)
+    of = np.repeat(np.arange(requests), rows)
+    prediction = generator.normal(size=requests)[of] + generator.normal(size=of.size) + shift
+    return pa.table({"request_id": ["mine"] * of.size, "time": of.astype(float), "prediction": prediction})
+
+
+def test_requests_of_many_rows_are_no_more_different_than_chance_and_a_shift_is_found(
+    detector: EvidentlyDrift,
+) -> None:
+    alike = [detector.compare(batches(40, 50, i), batches(40, 50, 99 + i), ["prediction"]) for i in range(20)]
+    assert sum(drift.p_value_max <= 0.02 for drift in alike) <= 3
+    shifted = detector.compare(batches(40, 50, 1), batches(40, 50, 2, shift=2.0), ["prediction"])
+    assert shifted.p_value_max == 1 / 200
+    assert (shifted.rows_stable, shifted.requests_stable, shifted.requests_candidate) == (2000, 40, 40)
+
+
+def test_large_windows_are_thinned_by_whole_requests() -> None:
+    with EvidentlyDrift(permutations=19, rows_max=1000, timeout_s=120.0) as detector:
+        drift = detector.compare(batches(400, 10, 1), batches(5000, 1, 2), ["prediction"])
+    assert (drift.rows_stable, drift.requests_stable) == (1000, 100)
+    assert (drift.rows_candidate, drift.requests_candidate) == (1000, None)

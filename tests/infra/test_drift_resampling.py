@@ -60,3 +60,26 @@ def test_whoever_stands_at_the_threshold_is_called_further_as_rarely_as_asked() 
         bias, error = max(float(anew.mean()) - seen, 0.0), float(anew.std(ddof=1))
         further += shifts.lower(ColumnDrift("p", "wasserstein", seen, 0.0, error=error, bias=bias), 0.05) > 0.2
     assert 10 <= further <= 50, "5 % of 600 are 30; more than 50 or fewer than 10 is one in 10,000"
+
+
+def test_rows_of_one_request_are_one_observation() -> None:
+    """Half of what a row holds is its request's: 40 requests of 25 rows are no 1,000 rows."""
+    generator = np.random.default_rng(5)
+    of = np.repeat(np.arange(80), 25)
+    called, spread = 0, []
+    for _ in range(400):
+        rows = generator.normal(size=80)[of] + generator.normal(size=of.size)
+        called += shuffled([wasserstein(rows)], 40, 40, 99, generator, of)[1] <= 0.05
+        spread.append(rows[:1000].mean())
+    assert 5 <= called <= 37, "5 % of 400 are 20; fewer or more than that is one in 10,000"
+    anew = drawn([lambda first, _: float(first @ rows / first.sum())], 40, 40, generator, of)
+    assert 0.6 < anew.std() / np.std(spread) < 1.5
+
+
+def test_a_request_per_row_is_drawn_as_the_rows_are() -> None:
+    measures = [wasserstein(np.random.default_rng(6).normal(size=300))]
+    for ask in (
+        lambda *of: shuffled(measures, 200, 100, 99, np.random.default_rng(1), *of)[1],
+        lambda *of: drawn(measures, 200, 100, np.random.default_rng(1), *of).sum(),
+    ):
+        assert ask() == ask(np.arange(300))

@@ -236,3 +236,14 @@ def test_an_id_that_is_used_again_outside_of_what_is_counted_is_no_pair(
         again = [("mine", other, 0.9)] if version == twice else []
         answered(tmp_path, version, [("mine", 8.0, 0.1), ("x", 8.5, 0.2), *again])
     assert LiveTelemetry(tmp_path, EvidentlyDrift(), CLOCK).pairs("m", "1", "2", 0.1, 7.5) == Pairs(1, 0)
+
+
+def test_of_the_version_with_more_traffic_whole_requests_are_left_out(tmp_path: Path) -> None:
+    """Else the requests of the two windows are not alike: the one's have more rows."""
+    answered(tmp_path, "1", [(str(i // 5), float(i // 5), 0.5) for i in range(20_000)])
+    answered(tmp_path, "2", [(str(i // 5), 2000.0 + i // 5, 0.5) for i in range(1000)])
+    windows = Windows()
+    LiveTelemetry(tmp_path, windows, CLOCK).drift("m", "1", "2", ["prediction"], "wasserstein", 0.0)
+    for times in windows.times:
+        assert 100 <= len(np.unique(times)) < 4000
+        assert set(np.unique(times, return_counts=True)[1]) == {5}

@@ -340,3 +340,16 @@ def test_disagreement_is_asked_where_both_versions_answer_the_same_requests() ->
     watcher.stage = 1
     watcher.look()
     assert "disagreement" not in gates.verdicts(watcher.reports)
+
+
+def test_rows_of_few_requests_say_little_however_many_they_are(drifting: Watcher) -> None:
+    """One client whose batch lacks a value is not a tenth of the world."""
+    seen = windows(0.01, 0.9, high=0.02, missing_candidate=0.1)
+    assert drifting.look(drift=replace(seen, requests_stable=40, requests_candidate=20)) is Verdict.HOLD
+    assert "needs rows of 30 requests of each version" in gates.summary(drifting.reports)
+    assert drifting.look(drift=replace(seen, requests_stable=40, requests_candidate=30)) is not Verdict.FAIL
+    drifting.look(600.0, drift=replace(windows(0.01, 0.9, high=0.02), requests_stable=40))
+    assert drifting.report("drift").verdict is Verdict.PASS
+    assert (
+        drifting.look(drift=replace(seen, requests_stable=400, requests_candidate=300), seconds=600.0) is Verdict.FAIL
+    )
