@@ -247,7 +247,7 @@ def _window(
         raise BadInput(f"the {owner} rows have no column '{missing[0]}'; they have {', '.join(table.column_names)}")
     if table.num_rows < smallest:
         raise NotThere(f"the {owner} window has {table.num_rows} rows")
-    requests = _requests(table)
+    requests, newest = _requests(table)
     if table.num_rows > rows_max:
         count = int(requests.max()) + 1
         kept = np.linspace(0, count - 1, max(count * rows_max // table.num_rows, 1)).astype(np.int64)
@@ -257,15 +257,18 @@ def _window(
         table, requests = table.take(rows), np.unique(requests[rows], return_inverse=True)[1]
     values = {name: _array(table[name], name, method) for name in columns}
     own = int(requests.max()) + 1 == table.num_rows
-    return Columns(values, table.num_rows, None if own else requests)
+    return Columns(values, table.num_rows, None if own else requests, newest)
 
 
-def _requests(table: pa.Table) -> NDArray[np.int64]:
-    """Which request each row is of, by number."""
+def _requests(table: pa.Table) -> tuple[NDArray[np.int64], float | None]:
+    """Which request each row is of, by number, and when the newest was answered."""
+    import pyarrow as pa
+
     from infra.samples_arrow import requests_of
 
-    known = {"request_id", "time"} <= set(table.column_names)
-    return requests_of(table) if known else np.arange(table.num_rows)
+    if not {"request_id", "time"} <= set(table.column_names) or not pa.types.is_floating(table["time"].type):
+        return np.arange(table.num_rows), None
+    return requests_of(table), float(table["time"].to_numpy().max())
 
 
 def _array(column: pa.ChunkedArray, name: str, method: str) -> NDArray[Any]:

@@ -25,11 +25,13 @@ _UPPER_SD = 2.33  # the normal quantile of 99 %
 @dataclass(frozen=True)
 class Columns:
     """A window's values by column, as the worker takes them; missing values are NaN or None. `requests` says which
-    request each row is of, by number, from 0 without a gap; None: each row is its own."""
+    request each row is of, by number, from 0 without a gap; None: each row is its own. `newest` is the newest row's
+    time, if rows have one."""
 
     values: Mapping[str, NDArray[Any]]
     rows: int
     requests: NDArray[np.int64] | None = None
+    newest: float | None = None
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -109,7 +111,9 @@ def compare(reference: Columns, current: Columns, method: str, permutations: int
         for i, name in enumerate(names)
     )
     worth = reference.requests_as_equal, current.requests_as_equal
-    return Drift(*rows, columns, float(chance), 1.0 / (permutations + 1), *worth)
+    known = reference.newest is not None and current.newest is not None
+    newest = min(reference.newest or 0.0, current.newest or 0.0) if known else None
+    return Drift(*rows, columns, float(chance), 1.0 / (permutations + 1), *worth, newest)
 
 
 def _pooled(first: Columns, second: Columns) -> NDArray[np.int64] | None:

@@ -87,6 +87,7 @@ class ArrowRecordings:
         def side(answers: NDArray[np.float64], numbers: NDArray[np.int64]) -> pa.Table:
             chosen = {name: table[name].take(pa.array(numbers)) for name in columns if name != rows.PREDICTION}
             keys = {"request_id": requests[numbers], "time": recording.at[numbers]}
+            keys = {} if keys.keys() & chosen.keys() else keys  # a file's columns may have these names
             return pa.table({**keys, **chosen, rows.PREDICTION: answers[numbers]})
 
         def compare(stable: NDArray[np.int64], candidate: NDArray[np.int64]) -> Drift | None:

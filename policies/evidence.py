@@ -67,7 +67,7 @@ class Drift:
 
     `p_value_least` is the smallest that the permutation test could have come to: one in so many permutations.
     `requests_*`: of how many requests the rows are, counted as less where few have most of the rows; None: each row is
-    its own.
+    its own. Both windows have rows up to the POSIX time `newest`, if that is known.
     """
 
     rows_stable: int
@@ -77,6 +77,7 @@ class Drift:
     p_value_least: float = 0.0
     requests_stable: int | None = None
     requests_candidate: int | None = None
+    newest: float | None = None
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,8 @@ def of_drift(drift: Drift) -> str:
         return f"windows have {drift.rows_stable!r} and {drift.rows_candidate!r} rows"
     if not all(each is None or _is_count(each) for each in (drift.requests_stable, drift.requests_candidate)):
         return f"windows are of {drift.requests_stable!r} and {drift.requests_candidate!r} requests"
+    if not (drift.newest is None or _is_number(drift.newest)):
+        return f"newest row is of the time {drift.newest!r}"
     if not drift.columns:
         return "no column was compared"
     if not (_is_share(drift.p_value_max) and _is_share(drift.p_value_least)):

@@ -215,6 +215,11 @@ def _is_paired(policy: Policy, stage: int) -> bool:
     return stages[stage].shadow is not None if stage < len(stages) else policy.rollout.watch.shadow > 0
 
 
+def _are_both_asked(policy: Policy, stage: int) -> bool:
+    """Whether both versions get requests in the stage."""
+    return stage < len(policy.rollout.stages) or policy.rollout.watch.shadow > 0
+
+
 def _asks_quality(policy: Policy, stage: int) -> bool:
     """Whether the labels must show that the candidate is no worse: before promotion, in the last stage."""
     gate = policy.rollout.gates.quality
@@ -381,7 +386,8 @@ def _compare(policy: Policy, stage: int, state: State, evidence: Evidence) -> tu
     share = alpha(policy)
     if gates.drift is not None:
         length = stages[stage].length_s if stage < len(stages) else policy.rollout.watch.length
-        scene = shifts.Scene(evidence.at - state.staged, length, rungs(policy), factors(policy)[stage], share)
+        began = state.staged if _are_both_asked(policy, stage) else None
+        scene = shifts.Scene(evidence.at - state.staged, length, rungs(policy), factors(policy)[stage], share, began)
         shift, report = shifts.look(gates.drift, state.shift, scene, evidence.drift, evidence.problems.get("drift"))
         state = replace(state, shift=shift)
         reports.append(report)

@@ -57,13 +57,15 @@ class Paired:
 @dataclass(frozen=True)
 class Scene:
     """Where the rollout stands: seconds in the stage, its length, the stages that share `alpha`, and how much wider
-    than the final margin the stage's is."""
+    than the final margin the stage's is. `began` is the stage's first look (POSIX seconds); None where one version gets
+    no request in it, so that only rows from before can be compared."""
 
     elapsed_s: float
     length_s: float
     stages: int
     factor: float
     alpha: float
+    began: float | None = None
 
     @property
     def alpha_look(self) -> float:
@@ -238,6 +240,9 @@ def _report(gate: Drifting, shift: Shift, scene: Scene, drift: Drift) -> GateRep
         needs = f"{gate.rows_min:,} rows of each version"
     elif min(_requests(drift)) < REQUESTS_MIN:
         needs = f"rows of {REQUESTS_MIN} requests of each version"
+    elif scene.began is not None and drift.newest is not None and drift.newest < scene.began:
+        says += f": no sampled row of the last {scene.began + scene.elapsed_s - drift.newest:.0f} s"
+        needs = "rows of both versions that were sampled since the stage began"
     elif lost >= MISSING_MARGIN:
         needs = f"{lost:.1%} more values missing than the stable version's to be explained"
     elif high < limit:

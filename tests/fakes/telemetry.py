@@ -37,13 +37,14 @@ class FakeTelemetry:
         self.silent = False
         self.labelled = 1.0
         self.requests: dict[tuple[str, str, bool], float] = {}
-        self._at = clock.monotonic
+        self._at, self._served = clock.monotonic, clock.now()
         clock.alarms.insert(0, self._serve)  # before leases run out: that traffic was served
 
     def _serve(self) -> None:
         passed, self._at = self.clock.monotonic - self._at, self.clock.monotonic
         if self.silent:
             return
+        self._served = self.clock.now()
         for model, held in self.router.held.items():
             route = held.route
             live = self.rps * passed
@@ -82,7 +83,7 @@ class FakeTelemetry:
         apart = abs(self.behaviour.get(candidate, Behaviour()).shift - self.behaviour.get(stable, Behaviour()).shift)
         p_value = 0.0005 if apart > 0.05 else 0.6
         seen = tuple(ColumnDrift(name, method, apart, p_value, high=apart + 0.03, error=0.01) for name in columns)
-        return Drift(rows[0], rows[1], seen, p_value)
+        return Drift(rows[0], rows[1], seen, p_value, newest=self._served)
 
     def pairs(self, model: str, stable: str, candidate: str, tolerance: float, since: float) -> Pairs:
         self._up()

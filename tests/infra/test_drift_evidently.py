@@ -200,3 +200,8 @@ def test_large_windows_are_thinned_by_whole_requests() -> None:
         drift = detector.compare(batches(400, 10, 1), batches(5000, 1, 2), ["prediction"])
     assert (drift.rows_stable, drift.requests_stable) == (1000, 100)
     assert (drift.rows_candidate, drift.requests_candidate) == (1000, None)
+
+
+def test_a_comparison_tells_up_to_when_both_windows_have_rows(detector: EvidentlyDrift) -> None:
+    assert detector.compare(batches(50, 2, 1), batches(40, 2, 2), ["prediction"]).newest == 39.0
+    assert detector.compare(window(600, 1), window(600, 2), ["prediction"]).newest is None

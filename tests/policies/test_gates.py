@@ -353,3 +353,25 @@ def test_rows_of_few_requests_say_little_however_many_they_are(drifting: Watcher
     assert (
         drifting.look(drift=replace(seen, requests_stable=400, requests_candidate=300), seconds=600.0) is Verdict.FAIL
     )
+
+
+@pytest.mark.parametrize("age_s", [-1.0, 1.0, 7200.0])
+def test_rows_from_before_the_stage_pass_nothing(age_s: float) -> None:
+    """The servers' disks are full: what they sampled in an earlier stage says nothing of this one."""
+    watcher = Watcher(policy("{errors: null, drift: {threshold: 0.1, rows_min: 500}}"), stage=1).warm()
+    seen = windows(0.04, 0.3, high=0.08)
+    watcher.stage = 2
+    watcher.look(drift=replace(seen, newest=watcher.at + 1.0 - age_s))
+    assert watcher.report("drift").verdict is (Verdict.HOLD if age_s > 0 else Verdict.PASS)
+    assert ("no sampled row of the last" in watcher.report("drift").says) == (age_s > 0)
+    watcher.look(drift=seen)
+    assert watcher.report("drift").verdict is Verdict.PASS, "of evidence recorded without the time nothing is known"
+
+
+def test_where_only_the_candidate_is_asked_the_rows_before_must_do() -> None:
+    asked = policy("{errors: null, drift: {threshold: 0.1, rows_min: 500}}")
+    watch = asked.rollout.watch.model_copy(update={"shadow": 0.0})
+    asked = asked.model_copy(update={"rollout": asked.rollout.model_copy(update={"watch": watch})})
+    watcher = Watcher(asked, stage=gates.rungs(asked) - 1).warm()
+    watcher.look(drift=replace(windows(0.04, 0.3, high=0.08), newest=10.0))
+    assert watcher.report("drift").verdict is Verdict.PASS
