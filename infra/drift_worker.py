@@ -79,11 +79,14 @@ def compare(reference: Columns, current: Columns, method: str, permutations: int
     rows, counts = (reference.rows, current.rows), (len(reference.sizes), len(current.sizes))
     of = _pooled(reference, current)
     seen, measures = np.zeros(len(names)), []
+    if not any(present(side.values[name]).any() for side in (reference, current) for name in names):
+        raise ValueError(f"column '{names[0]}' has nothing but missing values")
     for i, name in enumerate(names):
         sides = reference.values[name], current.values[name]
         pooled = np.concatenate(sides)
-        if not present(pooled).any():
-            raise ValueError(f"column '{name}' has nothing but missing values")
+        if not present(pooled).any():  # in either window, which is no difference
+            measures.append(by_repeating(lambda _first, _second: 0.0, pooled))
+            continue
         distance = _distance(method, pooled)
         both = by_repeating(distance, pooled)
         seen[i] = both(*windows(*counts, of))

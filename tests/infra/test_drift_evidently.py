@@ -205,3 +205,16 @@ def test_large_windows_are_thinned_by_whole_requests() -> None:
 def test_a_comparison_tells_up_to_when_both_windows_have_rows(detector: EvidentlyDrift) -> None:
     assert detector.compare(batches(50, 2, 1), batches(40, 2, 2), ["prediction"]).newest == 39.0
     assert detector.compare(window(600, 1), window(600, 2), ["prediction"]).newest is None
+
+
+@pytest.mark.parametrize("method", ["wasserstein", "psi"])
+def test_a_column_that_neither_window_has_values_of_keeps_no_other_from_being_compared(
+    detector: EvidentlyDrift, method: str
+) -> None:
+    first, second = (
+        window(600, i, shift).append_column("promo", pa.nulls(600, pa.float64())) for i, shift in ((1, 0.0), (2, 0.2))
+    )
+    empty, moved = detector.compare(first, second, ["promo", "prediction"], method).columns
+    assert (empty.statistic, empty.high, empty.p_value) == (0.0, 0.0, 1.0)
+    assert (empty.missing_stable, empty.missing_candidate) == (1.0, 1.0)
+    assert moved.p_value == 1 / 200
