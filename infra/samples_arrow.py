@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ROWS_MAX = 50_000
+_SPREAD_SEGMENTS_MAX = 2_000  # that are opened for rows of a whole period
 
 
 class SampledRows:
@@ -52,6 +53,30 @@ class SampledRows:
         merged = pa.concat_tables(tables, promote_options="default").sort_by("time")
         return merged.slice(max(0, merged.num_rows - rows_max))
 
+    def spread(self, model: str, version: str, since: float, until: float, rows_max: int = ROWS_MAX) -> pa.Table:
+        """Rows answered in [since, until), at most `rows_max` and spread over all of that time, oldest first: of too
+        many segments and of too many requests, some are left out evenly. Otherwise as `read`."""
+        import numpy as np
+
+        kept: list[tuple[pa.Table, NDArray[np.int64]]] = []  # with each row's number of its request
+        every, met = 1, 0
+        segments = self._newest_first(model, version, since)
+        for segment in segments[:: max(-(-len(segments) // _SPREAD_SEGMENTS_MAX), 1)]:
+            table = _rows_since(segment, since)
+            table = None if table is None else table.filter(pc.less(table["time"], until))
+            if table is None or table.num_rows == 0:
+                continue
+            numbers = met + np.maximum(np.cumsum(table["row"].to_numpy() == 0) - 1, 0)
+            met = int(numbers[-1]) + 1
+            kept.append(_thinned(table, numbers, every))
+            while sum(len(each) for _, each in kept) > rows_max and every < met:
+                every *= 2
+                kept = [_thinned(*each, every) for each in kept]
+        if not kept:
+            return pa.table({})
+        merged = pa.concat_tables([table for table, _ in kept], promote_options="default").sort_by("time")
+        return merged.slice(max(0, merged.num_rows - rows_max))
+
     def _newest_first(self, model: str, version: str, since: float) -> list[Path]:
         """The segments that can hold rows since then, by the time at which they were completed."""
         folder = self._folder / quote(model, safe="") / quote(version, safe="")
@@ -67,6 +92,12 @@ class SampledRows:
         except OSError as exc:
             raise PortError(f"the samples in {folder} cannot be read: {exc.strerror or exc}") from exc
         return [path for _, path in sorted(dated, reverse=True)]
+
+
+def _thinned(table: pa.Table, numbers: NDArray[np.int64], every: int) -> tuple[pa.Table, NDArray[np.int64]]:
+    """The rows of each so many-th request."""
+    chosen = numbers % every == 0
+    return (table, numbers) if chosen.all() else (table.filter(pa.array(chosen)), numbers[chosen])
 
 
 def requests_of(table: pa.Table) -> NDArray[np.int64]:

@@ -80,11 +80,18 @@ class SampledWindows:
         answered = dict(answers(table, -math.inf, math.nextafter(until, -math.inf)))
         came: dict[Key, float] = {}
         labelled: set[str] = set()
+        unknown = 0
         for _, segment in self._labels.after(version.model, 0):
             for key, (label, at) in labels(segment):
                 labelled.add(key[0])
+                unknown += since <= at < until and key not in answered
                 if since <= at < until and key in answered and at - answered[key][1] <= wait:
                     came[key] = label
+        if unknown and not came and table.num_rows >= _ANSWERS_MAX:
+            raise NotThere(
+                f"the {unknown:,} labels that came are of none of the newest {_ANSWERS_MAX:,} answers; no older ones"
+                " are read: they come too late for so much traffic; sample a smaller share of it"
+            )
         requests: dict[str, list[float]] = {}
         for key, label in came.items():
             requests.setdefault(key[0], []).append(loss(metric, answered[key][0], label))
@@ -100,9 +107,9 @@ class SampledWindows:
         import numpy as np
         import pyarrow.compute as pc
 
-        table = self._samples.read(version.model, version.version, since)
+        table = self._samples.spread(version.model, version.version, since, until)
         if table.num_rows:
-            table = table.filter(pc.and_(pc.less(table["time"], until), pc.less(table["status"], 400)))
+            table = table.filter(pc.less(table["status"], 400))
         if table.num_rows == 0:
             raise NotThere(f"v{version.version} has no sampled row of this period")
         if table.num_rows > MONITOR_ROWS_MAX:

@@ -56,7 +56,8 @@ class Windows(Protocol):
 
     def losses(self, version: ModelVersion, metric: str, since: float, until: float, wait: float) -> tuple[Sums, int]:
         """Losses (0 to 1) of the requests whose labels came in [since, until), at most `wait` seconds after the answer;
-        and how many requests answered in the last `wait` seconds have none. Raises PortError."""
+        and how many requests answered in the last `wait` seconds have none. Raises PortError;
+        NotThere where labels came, but all of them for answers that are too many to be read."""
 
     def known_losses(self, window: Window, metric: str) -> Sums:
         """Losses of the validation rows; none where there are no labels."""

@@ -85,3 +85,19 @@ def test_bytes_that_are_no_arrow_file_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"not arrow")
     with pytest.raises(PortError, match=r"a-0\.arrow cannot be read"):
         SampledRows(tmp_path).read("flights", "3", since=0.0)
+
+
+def test_rows_of_a_period_are_spread_over_all_of_it_however_many_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.samples_arrow._SPREAD_SEGMENTS_MAX", 50)
+    for number in range(100):
+        segment(tmp_path, f"a-{number:03}", [1000.0 + number + step / 40 for step in range(40)])
+    rows = SampledRows(tmp_path)
+    for most in (100, 1000):
+        times = rows.spread("flights", "3", 1000.0, 1090.0, most)["time"].to_pylist()
+        assert most / 2 <= len(times) <= most
+        assert times == sorted(times)
+        parts = [sum(1000.0 + 30 * part <= at < 1030.0 + 30 * part for at in times) for part in range(3)]
+        assert max(parts) <= 1.2 * min(parts)
+    assert rows.spread("flights", "4", 1000.0, 1090.0).num_rows == 0

@@ -162,3 +162,21 @@ def test_other_bytes_than_the_version_s_are_not_run(version: tuple[ModelVersion,
         scores_onnx.predictions(bundle.onnx, "0" * 64, feeds, None, -1)
     with pytest.raises(BadInput, match="no output 'q'"):
         scores_onnx.predictions(bundle.onnx, made.digest, feeds, "q", -1)
+
+
+def test_labels_of_answers_that_are_too_old_to_be_read_are_said_not_to_count(
+    version: tuple[ModelVersion, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.windows_arrow._ANSWERS_MAX", 4)
+    monkeypatch.setattr("time.time", lambda: SINCE + 100)
+    sampled(tmp_path, 8)
+    file = tmp_path / "labels.csv"
+    file.write_text("request_id,row,label\n1-0,0,1\n")
+    LabelStore(tmp_path).add("m", file)
+    windows, made = SampledWindows(tmp_path), version[0]
+    with pytest.raises(NotThere, match="the 1 labels that came are of none of the newest 4 answers"):
+        windows.losses(made, "brier", SINCE + 50, SINCE + 150, 500.0)
+    assert windows.losses(made, "brier", SINCE + 150, SINCE + 250, 500.0)[0].n == 0
+    file.write_text("request_id,row,label\n1-3,0,1\n")
+    LabelStore(tmp_path).add("m", file)
+    assert windows.losses(made, "brier", SINCE + 50, SINCE + 150, 500.0)[0].n == 1
