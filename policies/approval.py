@@ -2,11 +2,14 @@
 
 An approval is of these bytes and of the evidence that was shown, by somebody whom the policy names and who did not
 ask for the delivery (nor order the promotion); it expires. None of this is ever asked on the way back.
+
+A person stays the same however the name is written (`person`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +32,17 @@ class Question:
     evidence_hash: str
     ordered: bool
     given: tuple[tuple[str, float], ...] = ()
+
+
+def person(name: str) -> str:
+    """What people's names are compared by: capitals, spaces around it and composed letters tell nobody apart.
+
+    Compatibility caseless matching (The Unicode Standard, 3.13, D146).
+    """
+    name = unicodedata.normalize("NFD", name)
+    for _ in range(2):
+        name = unicodedata.normalize("NFKC", name.casefold())
+    return name.strip()
 
 
 def shown_hash(shown: Mapping[str, Any]) -> str:
@@ -55,9 +69,14 @@ def granted(quorum: Quorum, question: Question, at: float) -> bool:
     return len(standing(quorum, question, at)) >= quorum.count
 
 
-def with_approval(question: Question, by: str, at: float) -> tuple[tuple[str, float], ...]:
+def with_approval(question: Question, answer: Answered) -> tuple[tuple[str, float], ...]:
     """Who has approved, with one more; a second approval of the same person renews the first."""
-    return (*((who, when) for who, when in question.given if who != by), (by, at))
+    return (*((who, when) for who, when in question.given if not _is_of(answer, who)), (answer.by, answer.at))
+
+
+def _is_of(answer: Answered, name: str) -> bool:
+    """Whether the person of that name gave the answer."""
+    return person(answer.by) == person(name) if answer.by_person else answer.by == name
 
 
 def objection(
@@ -71,14 +90,16 @@ def objection(
     """Why the answer cannot be taken, as a sentence; None if it can. A refusal needs nothing but a name on the list."""
     if quorum is None or question is None:
         return "nobody is asked for approval now"
-    if answer.by not in quorum.by:
+    if person(answer.by) not in map(person, quorum.by):
         return f"the policy does not name '{answer.by}' among those who approve: {', '.join(quorum.by)}"
     if answer.answer == "refuse":
         return None
     if answer.answer != "approve":
         return f"'{answer.answer}' is no answer; say approve or refuse"
-    if answer.by in askers:
-        return f"'{answer.by}' asked for this rollout, and somebody else has to approve it"
+    asker = next((name for name in askers if _is_of(answer, name)), None)
+    if asker is not None:
+        told = "" if asker == answer.by else f" (as '{asker}')"
+        return f"'{answer.by}' asked for this rollout{told}, and somebody else has to approve it"
     if answer.digest != digest:
         return f"the approval is of other bytes ({answer.digest[:12]}, not {digest[:12]})"
     if answer.evidence_hash != question.evidence_hash:

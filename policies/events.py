@@ -179,7 +179,11 @@ class Ordered(Event):
 
 @dataclass(frozen=True)
 class Answered(Event):
-    """A person who was asked for approval says `approve` or `refuse`, of these bytes and of this evidence."""
+    """A person who was asked for approval says `approve` or `refuse`, of these bytes and of this evidence.
+
+    `by_person`: the name counts as `approval.person` compares it. Entries from before that rule do not have it: they
+    count letter by letter, as they did when what came after them was done.
+    """
 
     by: str
     answer: str
@@ -187,6 +191,7 @@ class Answered(Event):
     evidence_hash: str
     reason: str = ""
     ticket: str = ""
+    by_person: bool = True
 
 
 @dataclass(frozen=True)
@@ -240,6 +245,8 @@ def from_body(kind: str, body: Mapping[str, Any], at: float, number: int) -> Eve
         approvals = Quorum(**{**quorum, "by": tuple(quorum["by"])}) if quorum else None
         freeze = tuple(Window(**window) for window in known["terms"].get("freeze", ()))
         known["terms"] = Terms(**{**known["terms"], "stops": stops, "approvals": approvals, "freeze": freeze})
+    if made is Answered:
+        known.setdefault("by_person", False)
     if "verdict" in known:
         known["verdict"] = Verdict(known["verdict"])
     return made(at=at, number=number, **known)

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from policies.approval import person
 from policies.audience import Audience
 from policies.evidence import LATENCY_EDGES_MS, MONITOR_ROWS_MAX, rows_max
 from policies.freeze import Window, endless, window
@@ -450,11 +451,28 @@ class Approvals(_Strict):
     """People who must agree before the candidate goes on. The way back never asks anybody."""
 
     before: Literal["canary", "promote"] = Field("promote", description="Before any live traffic, or before promotion.")
-    by: tuple[str, ...] = Field(min_length=1, description="Who may approve, by name; never who asked for the delivery.")
+    by: tuple[str, ...] = Field(
+        min_length=1,
+        description="Who may approve, by name, in capitals or not; never who asked for the delivery.",
+        json_schema_extra={"uniqueItems": True},
+    )
     count: int = Field(1, ge=1, le=2, description="How many of them must approve.")
     expires: Seconds = Field(86400.0, gt=0, description="How long an approval counts.")
     wait: Seconds = Field(259200.0, gt=0, description="How long the rollout waits for them, watched by its gates.")
     on_silence: Literal["rollback", "pause"] = Field("rollback", description="What happens when that time is over.")
+
+    @field_validator("by")
+    @classmethod
+    def _each_once(cls, given: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        seen: dict[str, str] = {}
+        for name in given if _is_new(info) else ():
+            if (same := person(name)) in seen:
+                raise ValueError(
+                    f"'{seen[same]}' and '{name}' are one person (capitals, spaces around it and composed letters tell"
+                    " nobody apart); name each person once"
+                )
+            seen[same] = name
+        return given
 
     @model_validator(mode="after")
     def _enough(self) -> Approvals:

@@ -498,7 +498,7 @@ def _on_answered(state: Rollout, event: Event) -> Rollout:
     if event.answer == "refuse":
         because = f": {event.reason}" if event.reason else ""
         return _roll_back(state, event, f"refused by {event.by}{because}", guilty=False)
-    state = _with(state, question=replace(question, given=approval.with_approval(question, event.by, event.at)))
+    state = _with(state, question=replace(question, given=approval.with_approval(question, event)))
     if state.phase is Phase.PENDING or question.ordered:
         return _go_on(state, event, question.to, state.reason if question.ordered else "")
     return state  # the next look that passes goes on: an approval does not stand for evidence

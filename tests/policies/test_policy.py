@@ -21,6 +21,7 @@ rollout:
     - canary: {weight: 25, for: 10m}
 """
 GATES = "rollout:\n  gates: "
+APPROVALS = "governance: {approvals: {count: 2, by: "
 LIBRARY = Path(policy.__file__).parent / "library"
 
 
@@ -84,6 +85,10 @@ def test_an_unknown_key_with_nothing_near_lists_what_is_known() -> None:
             "monitor: {drift: null, data: live.yaml, retrain: {deployment: train/it}}\nrollout:",
             "retrain starts with an alarm of drift or quality, and nobody asks for either: take `drift: null` away, or",
         ),
+        ("rollout:", APPROVALS + "[alice, Alice]}}\nrollout:", "'alice' and 'Alice' are one person"),
+        ("rollout:", APPROVALS + "[alice, 'alice ']}}\nrollout:", "'alice' and 'alice ' are one person"),
+        ("rollout:", APPROVALS + "[alice, bob, alice]}}\nrollout:", "name each person once"),
+        ("rollout:", APPROVALS + "[jos\u00e9, jose\u0301]}}\nrollout:", "composed letters"),
     ],
 )
 def test_an_impossible_value_is_told_with_its_line(old: str, new: str, words: str) -> None:
@@ -181,6 +186,7 @@ def test_the_schema_tells_the_rules_that_are_for_new_policies_only() -> None:
     assert kinds["Watch"]["properties"]["shadow"]["minimum"] == 0.01
     assert kinds["LiveDrift"]["properties"]["rows_min"]["maximum"] == 8000
     assert kinds["Latency"]["properties"]["slo_ms"]["minimum"] == 1
+    assert kinds["Approvals"]["properties"]["by"]["uniqueItems"] is True
 
 
 @pytest.mark.parametrize("file", sorted(LIBRARY.glob("*.yaml")), ids=lambda file: file.name)

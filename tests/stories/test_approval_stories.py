@@ -6,24 +6,29 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
 
 from flows.approval import answer, asked, lines
 from flows.page import Shown, page
+from flows.record import replay
 from flows.rollback import take_back
 from flows.story import fold
-from policies.events import Phase
+from policies.events import Answered, Phase, to_body
+from policies.policy import Policy, PolicyError
+from policies.policy_yaml import parse
 from policies.rollout import Illegal, Rollout
 from policies.verdict import GateReport, Verdict
 from tasks.ports import NotThere, PortError
 from tests.stories.world import MODEL, POLICY, World, directly
 
 BEFORE_PROMOTION = POLICY + "governance: {approvals: {by: [ann, ben], count: 2, wait: 60s}}\n"
+TWO_SPELLINGS = BEFORE_PROMOTION.replace("ann, ben", "ann, Ann")
 BEFORE_CANARY = POLICY + "governance: {approvals: {before: canary, by: [ann], wait: 60s}}\n"
 
 
-def drive(world: World, *acts: tuple[float, Callable[[], Any]]) -> Rollout:
+def drive(world: World, *acts: tuple[float, Callable[[], Any]], by: str = "") -> Rollout:
     """Drives the rollout; each act is done once, as many seconds after the question was asked first."""
-    controller = world.controller(world.request())
+    controller = world.controller(world.request(by=by))
     began: list[float] = []
     left = list(acts)
 
@@ -63,6 +68,68 @@ def test_two_people_approve_and_the_next_passing_look_promotes() -> None:
     assert (promoted.kind, promoted.body["verdict"]) == ("looked", "pass")
     looks = [e for e in world.ledger.entries if e.kind == "looked" and answers[0].number < e.number < answers[1].number]
     assert len(looks) > 20, "it stays watched while it waits"
+
+
+def test_one_person_does_not_approve_for_two_however_the_name_is_written() -> None:
+    world = World(BEFORE_PROMOTION)
+    state = drive(world, (5, say(world, "ann")), (6, say(world, "Ann")), (7, say(world, " ANN")))
+    assert (state.phase, state.reason) == (Phase.ROLLED_BACK, "1 of 2 approvals in 60 s")
+    written = [(e.body["by"], e.actor) for e in world.ledger.entries if e.kind == "answered"]
+    assert written == [("ann", "ann (test)"), ("Ann", "Ann (test)"), (" ANN", " ANN (test)")], "as the person wrote it"
+
+
+@pytest.mark.parametrize(("asker", "who"), [("Ann", "ann"), ("ann", "ANN"), ("ann ", "ann")])
+def test_who_asked_does_not_approve_it_under_another_spelling(asker: str, who: str) -> None:
+    world = World(BEFORE_PROMOTION)
+
+    def tried() -> None:
+        with pytest.raises(Illegal, match=f"'{who}' asked for this rollout .as '{asker}'., and somebody else"):
+            say(world, who)()
+
+    assert drive(world, (5, tried), (6, say(world, "ben")), by=asker).reason == "1 of 2 approvals in 60 s"
+
+
+def recorded() -> World:
+    """Under way by a policy from before two spellings of one name were refused."""
+    with pytest.raises(PolicyError, match="'ann' and 'Ann' are one person"):
+        parse(TWO_SPELLINGS)
+    world = World(first=True)
+    world.target.store.add("digest-1")
+    assert world.controller(world.request("r0", "1")).drive().phase is Phase.PROMOTED
+    world.stable, world.policy = "1", Policy.model_validate(yaml.safe_load(TWO_SPELLINGS))
+    return world
+
+
+def test_under_a_recorded_policy_with_two_spellings_one_person_is_still_one() -> None:
+    world = recorded()
+    state = drive(world, (5, say(world, "ann")), (6, say(world, "Ann")))
+    assert (state.phase, state.reason) == (Phase.ROLLED_BACK, "1 of 2 approvals in 60 s")
+
+
+def test_a_record_of_one_person_who_approved_for_two_is_read_replayed_and_gone_back_from() -> None:
+    """What was decided stays decided: it went live then, and can be taken back now."""
+    world = recorded()
+
+    def as_then(who: str) -> Callable[[], None]:
+        def said() -> None:
+            seen, entries = asked(world.ledger, MODEL, world.clock.now()), world.ledger.read("r1")
+            event = Answered(world.clock.now(), 0, who, "approve", seen["digest"], seen["evidence_hash"])
+            kind, body = to_body(event)
+            body.pop("by_person", None)
+            world.ledger.append("r1", entries[-1].sequence + 1, event.at, f"{who} (test)", kind, body)
+
+        return said
+
+    assert drive(world, (5, as_then("ann")), (6, as_then("Ann")), by="ANN").phase is Phase.PROMOTED
+    looks, differences = replay(world.ledger.read("r1"))
+    assert looks > 20
+    assert differences == []
+    world.stable, world.policy = "2", parse(POLICY)
+    world.target.store.add("digest-3")
+    assert world.controller(world.request("r2", "3")).drive().phase is Phase.PROMOTED
+    _, state = take_back(world.ports, MODEL, "complaints", "ben", world.seen.append, directly)
+    assert (state.phase, state.candidate) == (Phase.PROMOTED, "2"), "the version of the recorded policy"
+    assert world.router.current(MODEL).stable == "2"  # type: ignore[union-attr]
 
 
 def test_what_is_shown_is_the_evidence_that_it_was_asked_on() -> None:

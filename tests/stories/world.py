@@ -131,9 +131,10 @@ class World:
         self.telemetry.behaviour[version] = Behaviour(**behaviour)
         return self
 
-    def request(self, name: str = "r1", candidate: str = "2", flow_run: str | None = None) -> str:
+    def request(self, name: str = "r1", candidate: str = "2", flow_run: str | None = None, by: str = "") -> str:
         """Writes the request of a rollout into the ledger."""
-        event = Requested(self.clock.now(), 0, MODEL, candidate, f"digest-{candidate}", self.stable, terms(self.policy))
+        rules = terms(self.policy)
+        event = Requested(self.clock.now(), 0, MODEL, candidate, f"digest-{candidate}", self.stable, rules, by=by)
         kind, body = to_body(event)
         body["policy"] = self.policy.model_dump(mode="json", by_alias=True)
         body["policy_digest"], body["flow_run"] = self.policy.digest, flow_run
