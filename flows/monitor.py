@@ -26,14 +26,13 @@ from flows.publish import artifact_key
 from flows.rollback import take_back
 from flows.runner import Runner, in_prefect, whoami
 from flows.settings import Settings
-from flows.story import Unreadable, fold, is_way_back, policy_of, reports_in
+from flows.story import fold, is_way_back, policy_of, readable, reports_in
 from flows.wiring import connect, connect_monitor
 from policies import audit
 from policies import monitor as rules_of
 from policies.events import Phase
 from policies.monitor import LOOKED, TOLD, Seen, Steps
 from policies.policy import Monitor, Policy
-from policies.rollout import Rollout
 from policies.verdict import GateReport, Verdict
 from tasks import monitor as tasks
 from tasks.ports import BadInput, Bundle, Entry, ModelVersion, NotThere, PortError, Ports, Refused
@@ -155,17 +154,9 @@ def _promotions(ports: Ports, model: str, version: str) -> Iterator[Sequence[Ent
     """The entries of the rollouts that promoted the version, newest first."""
     for name in ports.ledger.rollouts(model):
         entries = ports.ledger.read(name)
-        state = _state(entries)
+        state = readable(entries)
         if state is not None and state.phase is Phase.PROMOTED and state.candidate == version:
             yield entries
-
-
-def _state(entries: Sequence[Entry]) -> Rollout | None:
-    """The rollout's state; None also for one that cannot be read, which says nothing of what serves."""
-    try:
-        return fold(entries)
-    except Unreadable:
-        return None
 
 
 def book(model: str) -> str:
@@ -228,7 +219,7 @@ def _was_taken_back(ports: Ports, look: Entry) -> bool:
     seen = look.body["seen"]
     for name in ports.ledger.rollouts(seen["model"]):
         entries = ports.ledger.read(name)
-        state = _state(entries)
+        state = readable(entries)
         if state is None or not state.ended:
             continue
         if state.since < look.at:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from flows.form import Forms, Wanted, wanted
-from flows.story import Unreadable, fold, run_of, weights
+from flows.story import readable, run_of, weights
 from policies import audit
 from policies.events import KINDS, from_body
 from policies.rollout import Rollout, step
@@ -78,10 +78,7 @@ class Relay:
             self.herald.note_told(known)
         for entries in under_way:
             before = [entry for entry in entries if entry.number <= known]
-            try:
-                state = fold(before)
-            except Unreadable:
-                continue  # nothing can be told of it
+            state = readable(before)
             if state is not None:
                 self._rollouts[before[0].rollout] = (state, run_of(before))
         return known
@@ -96,12 +93,13 @@ class Relay:
             before, run = self._rollouts[name]
         else:  # it is new, or was settled when this relay began
             entries = self.ledger.read(name)
-            try:
-                before, run = fold(entries[: entry["sequence"] - 1]), run_of(entries)
-            except Unreadable:
-                return 0
-        event = from_body(kind, entry["body"], entry["at"], entry["number"])
-        after, _ = step(before, event)
+            before, run = readable(entries[: entry["sequence"] - 1]), run_of(entries)
+        try:
+            event = from_body(kind, entry["body"], entry["at"], entry["number"])
+            after, _ = step(before, event)
+        except (ValueError, TypeError, KeyError):  # another version of lockgate wrote it: its rollout is not told of
+            self._rollouts.pop(name, None)
+            return 0
         moves = transitions(before, event, after)
         new = bool(moves) and self._is_news(entry["number"])
         for move in moves if new else ():

@@ -19,7 +19,7 @@ from flows.orders import abort, over
 from flows.publish import Publisher
 from flows.rollout import Controller
 from flows.runner import Runner, directly, flow_run_id, in_prefect, is_dead, whoami
-from flows.story import Unreadable, fold, is_way_back, policy_of, story_of
+from flows.story import fold, is_way_back, policy_of, readable, story_of
 from flows.turn import BEGIN_S, still_claimed
 from flows.wiring import connect, links
 from policies import audit
@@ -107,11 +107,8 @@ def _drive(ports: Ports, name: str, observer: Any, run: Runner) -> Rollout:
 def _active(ports: Ports, model: str, name: str, observer: Any, run: Runner) -> str:
     """The rollout that is under way, else the one of this name, which has the claim then."""
     for active in ports.ledger.rollouts(model, active=True):
-        try:
-            fold(ports.ledger.read(active))
-        except Unreadable:
-            continue  # it counts by its claim alone
-        return active
+        if readable(ports.ledger.read(active)) is not None:  # else it counts by its claim alone
+            return active
     return _claim(ports, model, name, observer, run)
 
 
@@ -171,10 +168,7 @@ def _former(ports: Ports, model: str) -> tuple[Rollout, list[Entry]]:
     not_these = {serving}
     for name in ports.ledger.rollouts(model):
         entries = ports.ledger.read(name)
-        try:
-            state = fold(entries)
-        except Unreadable:
-            continue
+        state = readable(entries)
         if state is None or state.phase is not Phase.PROMOTED:
             continue
         if state.candidate not in not_these and ports.ledger.quarantined(state.digest) is None:

@@ -18,7 +18,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from flows.runner import Runner
-from flows.story import evidence_of, fold, policy_of
+from flows.story import evidence_of, fold, policy_of, readable
 from policies import approval, audit, gates, rollout
 from policies.events import (
     LOOKED_AT,
@@ -322,8 +322,8 @@ class Controller:
             return False
         ledger = self.ports.ledger
         for later in takewhile(lambda name: name != self.rollout, ledger.rollouts(state.model)):
-            other = fold(ledger.read(later))
-            if effect.do is Do.ALIAS or (other is not None and effect.version in (other.candidate, other.stable)):
+            other = readable(ledger.read(later))
+            if effect.do is Do.ALIAS or other is None or effect.version in (other.candidate, other.stable):
                 return True
         return False
 

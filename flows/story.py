@@ -76,6 +76,14 @@ def fold(entries: Sequence[Entry]) -> Rollout | None:
     return state
 
 
+def readable(entries: Sequence[Entry]) -> Rollout | None:
+    """As `fold`; None also for a rollout that cannot be read: whoever looks for another one looks on."""
+    try:
+        return fold(entries)
+    except Unreadable:
+        return None
+
+
 def state_of(ledger: Ledger, name: str) -> Rollout:
     """The state of a rollout that the ledger lists. Raises Unreadable, PortError."""
     state = fold(ledger.read(name))

@@ -315,6 +315,23 @@ def test_a_rollout_that_another_version_of_lockgate_wrote_is_left_and_keeps_no_o
     assert a_pass(world).mended == [f"{MODEL}: end trial of v7"]
 
 
+def test_what_is_owed_is_settled_although_a_later_rollout_cannot_be_read() -> None:
+    world = World().given("2", errors=0.10)
+    dies_after(world, 3.0)
+    undeploy = world.target.undeploy
+
+    def down(*_: object) -> None:
+        raise PortError("the target does not answer")
+
+    world.target.undeploy = down  # type: ignore[method-assign, assignment]
+    a_pass(world, at_once=True)
+    assert world.ledger.unsettled() == ["r1"]
+    of_tomorrow(world, "r2", MODEL)
+    world.target.undeploy = undeploy  # type: ignore[method-assign]
+    assert list(a_pass(world, at_once=True).left) == ["r2"]
+    assert world.ledger.unsettled() == ["r2"]
+
+
 def test_a_rollout_whose_policy_cannot_be_read_is_left_and_the_pass_goes_on() -> None:
     world = World()
     dies_after(world, 15.0)

@@ -57,16 +57,21 @@ def test_each_transition_is_told_with_stage_share_reason_and_the_run() -> None:
     assert herald.up_to == world.ledger.head().number
 
 
-def test_what_another_version_of_lockgate_wrote_keeps_nothing_else_from_being_told() -> None:
+@pytest.mark.parametrize("told_before", [True, False])
+@pytest.mark.parametrize(("kind", "body"), [("ticked", {}), ("lost", {"says": "gone", "more": "than we know"})])
+def test_what_another_version_of_lockgate_wrote_keeps_nothing_else_from_being_told(
+    told_before: bool, kind: str, body: dict[str, str]
+) -> None:
     world, herald = World(), FakeHerald()
     of_tomorrow(world, "r0", "other")
-    herald.note_told(world.ledger.head().number)
+    if told_before:
+        herald.note_told(world.ledger.head().number)
     relay = Relay(world.ledger, herald)
     relay.pass_on()
-    world.ledger.append("r0", 3, world.clock.now(), "of tomorrow", "ticked", {})
+    world.ledger.append("r0", 3, world.clock.now(), "of tomorrow", kind, body)
     world.drive()
     relay.pass_on()
-    assert told(herald) == PROMOTED
+    assert told(herald)[-len(PROMOTED) :] == PROMOTED
     assert herald.up_to == world.ledger.head().number
 
 
